@@ -1,0 +1,271 @@
+"""CLIP as GOAL needs it: any open_clip model with native towers, one forward per tower, long text.
+
+One pass of a tower gives the pooled embedding and the tokens of the last block, before the final LayerNorm.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import open_clip
+import torch
+from open_clip.transformer import QuickGELU, TextTransformer, VisionTransformer, text_global_pool
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from goal_ray.config import strict
+from goal_ray.errors import ModelError
+
+CONFIG_FILE = "open_clip_config.json"
+WEIGHTS_FILE = "open_clip_model.safetensors"
+KEPT_POSITIONS = 20
+
+
+@strict
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which CLIP, and from which weights.
+
+    name: an open_clip architecture (ViT-B-16), a .json file with one, or a folder that goal_ray or open_clip saved
+        (its weights are then the start)
+    weights: an open_clip pretrained tag or a weights file; empty starts from random weights
+    context_length: text positions after Long-CLIP's stretch (248 for OpenAI's 77); empty leaves the model's own
+    """
+
+    name: str
+    weights: str | None = None
+    context_length: int | None = None
+
+
+class TowerOutput(NamedTuple):
+    """pooled_BE: embeddings, not normalised · tokens_BND: last block's tokens before the final LayerNorm (no CLS)."""
+
+    pooled_BE: Tensor
+    tokens_BND: Tensor
+
+
+class TextTower(NamedTuple):
+    """The parts of a native text tower, wherever open_clip's class keeps them."""
+
+    module: nn.Module
+    token_embedding: nn.Embedding
+    positional_embedding: nn.Parameter
+    transformer: nn.Module
+    ln_final: nn.LayerNorm
+    projection_DE: nn.Parameter | None
+    attn_mask: Tensor | None
+    pool_type: str
+    eos_id: int
+
+
+def text_tower(clip: nn.Module) -> TextTower:
+    """The text tower's parts, for `open_clip.CLIP` and `CustomTextCLIP` alike. Raises ModelError for other towers."""
+    if isinstance(clip, open_clip.CLIP):
+        module, pool_type, eos_id = clip, clip.text_pool_type, clip.text_eos_id
+    elif isinstance(getattr(clip, "text", None), TextTransformer):
+        module = clip.text
+        pool_type, eos_id = module.pool_type, module.eos_id
+        if module.cls_emb is not None or module.use_pad_mask:
+            raise ModelError("text towers with a CLS token or a padding mask (CoCa) are not supported")
+    else:
+        raise ModelError(f"{type(clip).__name__} has no native open_clip text transformer; choose a model that has one")
+    projection = module.text_projection
+    if isinstance(projection, nn.Linear):
+        raise ModelError("text projections with a bias are not supported")
+    return TextTower(
+        module,
+        module.token_embedding,
+        module.positional_embedding,
+        module.transformer,
+        module.ln_final,
+        projection,
+        module.attn_mask,
+        pool_type,
+        eos_id,
+    )
+
+
+def image_tower(clip: nn.Module) -> VisionTransformer:
+    """The vision tower. Raises ModelError unless it is a native ViT without attentional pooling, on square input."""
+    visual = getattr(clip, "visual", None)
+    if not isinstance(visual, VisionTransformer):
+        raise ModelError(
+            f"vision tower {type(visual).__name__} is not open_clip's native ViT, whose patches the TSL needs"
+        )
+    if visual.attn_pool is not None or visual.pool_type == "none":
+        raise ModelError("vision towers with attentional pooling (CoCa) are not supported")
+    if not isinstance(visual.patch_dropout, nn.Identity):
+        raise ModelError(
+            "patch dropout removes the patches that the TSL pools; set patch_dropout to 0 in the model config"
+        )
+    if visual.image_size[0] != visual.image_size[1]:
+        raise ModelError(f"the model reads {visual.image_size} pixels; only square input is supported")
+    return visual
+
+
+def encode_image(clip: nn.Module, images_B3SS: Tensor) -> TowerOutput:
+    """Embeds normalised pictures (B, 3, S, S): pooled (B, E) and the patch tokens (B, N, D), from one pass."""
+    visual = image_tower(clip)
+    tokens = visual.transformer(visual._embeds(images_B3SS))
+    pooled, _ = visual._pool(tokens)
+    if visual.proj is not None:
+        pooled = pooled @ visual.proj
+    return TowerOutput(pooled, tokens[:, 1:])
+
+
+def encode_text(clip: nn.Module, ids_BL: Tensor) -> TowerOutput:
+    """Embeds token ids (B, L), padded with 0, of any L up to the context: pooled (B, E) and tokens (B, L, D).
+
+    A causal tower never looks to the right, so cutting the padding is exact. A bidirectional one sees its padding; its
+    ids are padded back to the context here, so that the result never depends on the batch.
+    """
+    tower = text_tower(clip)
+    context = tower.positional_embedding.shape[0]
+    length = ids_BL.shape[1]
+    if length > context:
+        raise ModelError(f"text of {length} tokens exceeds the model's context of {context}")
+    causal = tower.attn_mask is not None and tower.pool_type in ("argmax", "eos", "first")
+    if not causal and length < context:
+        ids_BL = nn.functional.pad(ids_BL, (0, context - length))
+    width = ids_BL.shape[1]
+    dtype = tower.transformer.get_cast_dtype()
+    x = tower.token_embedding(ids_BL).to(dtype) + tower.positional_embedding[:width].to(dtype)
+    mask = None if tower.attn_mask is None else tower.attn_mask[:width, :width]
+    tokens_BLD = tower.transformer(x, attn_mask=mask)
+    pooled = text_global_pool(tower.ln_final(tokens_BLD), ids_BL, tower.pool_type, tower.eos_id)
+    if tower.projection_DE is not None:
+        pooled = pooled @ tower.projection_DE
+    return TowerOutput(pooled, tokens_BLD[:, :length])
+
+
+def stretch_positions(table_LD: Tensor, length: int, keep: int = KEPT_POSITIONS) -> Tensor:
+    """Long-CLIP's knowledge-preserving stretch of a position table (L, D) to (length, D).
+
+    The first `keep` rows stay. Row keep + i of the result lies at keep + i * (L - keep) / (length - keep) of the old
+    table, linearly interpolated; past the last row the last slope goes on. 77 -> 248 is the published case.
+    Raises ModelError unless keep + 2 <= L <= length. Source: Long-CLIP (arXiv 2403.15378), section 3.1.
+    """
+    old = table_LD.shape[0]
+    if not keep + 2 <= old <= length:
+        raise ModelError(f"cannot stretch a context of {old} to {length}: the target must not be shorter")
+    at = keep + torch.arange(length - keep, dtype=torch.float64) * (old - keep) / (length - keep)
+    lower = at.floor().clamp(max=old - 2).long()
+    fraction = (at - lower)[:, None].to(table_LD)
+    lower = lower.to(table_LD.device)
+    stretched = torch.lerp(table_LD[lower], table_LD[lower + 1], fraction)
+    return torch.cat([table_LD[:keep], stretched])
+
+
+def stretch_text(clip: nn.Module, length: int) -> None:
+    """Gives a model's text tower `length` positions, in place."""
+    tower = text_tower(clip)
+    old = tower.positional_embedding
+    if old.shape[0] == length:
+        return
+    table = stretch_positions(old.detach(), length)
+    tower.module.positional_embedding = nn.Parameter(table, requires_grad=old.requires_grad)
+    if tower.attn_mask is not None:
+        mask = torch.full((length, length), -math.inf, device=old.device).triu_(1)
+        tower.module.register_buffer("attn_mask", mask, persistent=False)
+    tower.module.context_length = length
+    if isinstance(tower.module, TextTransformer):
+        tower.module.num_pos = length
+    else:
+        clip.context_length = length
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A CLIP and all that goes with it.
+
+    clip        the module, float32, on the CPU
+    tokenizer   open_clip's tokenizer for it
+    model_cfg   open_clip's architecture description, true for the model as it is now
+    preprocess  open_clip's preprocessing description: size, mean, std, interpolation
+    """
+
+    clip: nn.Module
+    tokenizer: Any
+    model_cfg: dict[str, Any]
+    preprocess: dict[str, Any]
+
+    @property
+    def size_px(self) -> int:
+        """Side of the square input."""
+        return image_tower(self.clip).image_size[0]
+
+    @property
+    def grid_HW(self) -> tuple[int, int]:
+        """Patch grid."""
+        return image_tower(self.clip).grid_size
+
+    @property
+    def context_length(self) -> int:
+        """Text positions."""
+        return text_tower(self.clip).positional_embedding.shape[0]
+
+
+def load_model(config: ModelConfig, seed: int = 0) -> LoadedModel:
+    """Builds a CLIP from a config; `seed` fixes random weights. Raises ModelError for anything that does not fit."""
+    folder = Path(config.name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            if folder.is_dir():
+                clip, name, model_cfg = _load_folder(folder, config.weights)
+            else:
+                name = _architecture_name(config.name)
+                model_cfg = open_clip.get_model_config(name)
+                clip = open_clip.create_model(name, pretrained=config.weights)
+        except (RuntimeError, OSError, ValueError, KeyError) as error:
+            raise ModelError(f"cannot load model {config.name!r} (weights {config.weights!r}): {error}") from error
+    image_tower(clip)
+    if config.context_length is not None:
+        stretch_text(clip, config.context_length)
+    model_cfg["text_cfg"]["context_length"] = text_tower(clip).positional_embedding.shape[0]
+    if any(isinstance(module, QuickGELU) for module in clip.modules()):
+        model_cfg["quick_gelu"] = True
+    tokenizer = open_clip.get_tokenizer(name)
+    return LoadedModel(clip, tokenizer, model_cfg, open_clip.get_model_preprocess_cfg(clip))
+
+
+def _architecture_name(name: str) -> str:
+    if name.endswith(".json"):
+        path = Path(name)
+        if not path.is_file():
+            raise ModelError(f"{name}: no such model config file")
+        open_clip.add_model_config(path)
+        return path.stem
+    if open_clip.get_model_config(name) is None:
+        raise ModelError(
+            f"model {name!r} is neither an open_clip architecture (see open_clip.list_models()), nor a .json file, "
+            f"nor a folder with {CONFIG_FILE}"
+        )
+    return name
+
+
+def _load_folder(folder: Path, weights: str | None) -> tuple[nn.Module, str, dict[str, Any]]:
+    if weights is not None:
+        raise ModelError(f"{folder} brings its own weights; leave model.weights empty")
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / file).is_file():
+            raise ModelError(f"{folder}: no {file} in this folder; is it a checkpoint or an exported model?")
+    name = f"local-dir:{folder}"
+    model_cfg = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["model_cfg"]
+    clip = open_clip.create_model(name, load_weights=False)
+    clip.load_state_dict(load_file(folder / WEIGHTS_FILE))
+    return clip, name, model_cfg
+
+
+def save_model(folder: Path, loaded: LoadedModel, weights: dict[str, Tensor]) -> None:
+    """Writes a folder that plain open_clip loads as `local-dir:FOLDER`, with no goal_ray installed.
+
+    weights  the state dict of `loaded.clip`, full tensors on the CPU
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    preprocess = {key: value for key, value in loaded.preprocess.items() if value is not None}
+    config = {"model_cfg": loaded.model_cfg, "preprocess_cfg": preprocess}
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS_FILE)

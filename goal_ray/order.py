@@ -1,0 +1,62 @@
+"""Which sample is read when: a function of counts, seed, epoch and step alone, the same for any number of workers."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from goal_ray.errors import StageError
+
+
+@dataclass(frozen=True)
+class BatchOrder:
+    """The order of training: shards shuffled, then samples shuffled within windows of consecutive shards.
+
+    counts         samples in every shard
+    global_batch   samples an optimizer step sees, over all workers and accumulation steps
+    seed           fixes every epoch's order
+    window_shards  how many shards are mixed: bounds what must be at hand to read in this order
+    """
+
+    counts: tuple[int, ...]
+    global_batch: int
+    seed: int
+    window_shards: int
+
+    def __post_init__(self) -> None:
+        if sum(self.counts) < self.global_batch:
+            raise StageError(
+                f"the shards hold {sum(self.counts)} usable samples, less than one global batch of {self.global_batch}; "
+                "lower the batch, the accumulation or the number of workers, or add data"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole global batches in an epoch; the rest of the samples, others each time, sit this epoch out."""
+        return sum(self.counts) // self.global_batch
+
+    def epoch(self, epoch: int) -> np.ndarray:
+        """(steps_per_epoch * global_batch, 2) int64 rows (shard, sample within the shard) in reading order."""
+        generator = np.random.default_rng([self.seed, epoch])
+        shards = generator.permutation(len(self.counts))
+        windows = []
+        for start in range(0, len(shards), self.window_shards):
+            rows = np.concatenate([self._rows(shard) for shard in shards[start : start + self.window_shards]])
+            windows.append(rows[generator.permutation(len(rows))])
+        return np.concatenate(windows)[: self.steps_per_epoch * self.global_batch]
+
+    def _rows(self, shard: int) -> np.ndarray:
+        count = self.counts[shard]
+        return np.stack([np.full(count, shard, dtype=np.int64), np.arange(count, dtype=np.int64)], axis=1)
+
+    def micro_batches(self, epoch: int, first_step: int, rank: int, ranks: int, accumulate: int) -> list[np.ndarray]:
+        """One rank's micro-batches of an epoch from `first_step` on: a list of (rows per micro-batch, 2) arrays.
+
+        The global batch of a step is the same rows whatever `ranks` and `accumulate` are.
+        """
+        rows = self.epoch(epoch).reshape(self.steps_per_epoch, accumulate, ranks, -1, 2)
+        return list(rows[first_step:, :, rank].reshape(-1, *rows.shape[3:]))
+
+
+def locate_step(step: int, steps_per_epoch: int) -> tuple[int, int]:
+    """(epoch, step within the epoch) of a global step."""
+    return divmod(step, steps_per_epoch)

@@ -1,0 +1,50 @@
+"""Joining a Ray cluster, or starting a private one on this machine. The only place that calls `ray.init`."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def ray_session(busy_cpus: int = 0) -> Iterator[None]:
+    """Runs the block on the cluster of RAY_ADDRESS (set in every Ray job), or on a private local one.
+
+    busy_cpus  CPUs that long-lived workers will hold; a local cluster counts two more, so that data tasks still run
+
+    A session that already exists is used and left running. The private one listens on the loopback interface only and is
+    shut down at the end.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address:
+        ray.init(address=address, **quiet)
+    else:
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, busy_cpus + 2),
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            **quiet,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def quiet_ray_data(preserve_order: bool) -> None:
+    """Sets this process's Ray Data context: no progress bars of its own, no log chatter, output order as asked."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = preserve_order
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)

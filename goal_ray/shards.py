@@ -1,0 +1,203 @@
+"""The shard contract: WebDataset tars of `KEY.{jpg,jpeg,png,webp}` + `KEY.txt` (+ `KEY.pairs.json` + anything else).
+
+A member's name splits at the first dot of its base name, as in WebDataset: `a/b.c/img.pairs.json` has the key
+`a/b.c/img` and the extension `pairs.json`. Members of one key stand side by side. Nothing is ever extracted to disk.
+"""
+
+import io
+import tarfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from braceexpand import braceexpand
+from fsspec.core import url_to_fs
+
+from goal_ray.errors import CaptionError, ShardError
+from goal_ray.storage import open_atomic, open_read
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+CAPTION_EXTENSION = "txt"
+PAIRS_EXTENSION = "pairs.json"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample, its members in memory: `members` maps a lower-case extension to the bytes.
+
+    `repeated` names extensions that stand more than once under the key; such a sample is ambiguous.
+    """
+
+    key: str
+    members: dict[str, bytes]
+    repeated: tuple[str, ...] = ()
+
+    def image_bytes(self) -> bytes:
+        """The encoded picture. Raises ShardError unless exactly one picture is there."""
+        return self.members[image_extension(self.key, self.members, self.repeated)]
+
+    def caption(self) -> str:
+        """The caption, exactly as stored. Raises CaptionError if missing, empty or not UTF-8."""
+        if CAPTION_EXTENSION not in self.members:
+            raise CaptionError(f"sample {self.key!r} has no .txt caption (members: {sorted(self.members)})")
+        if CAPTION_EXTENSION in self.repeated:
+            raise CaptionError(f"sample {self.key!r} has more than one .txt caption; keep one")
+        try:
+            text = self.members[CAPTION_EXTENSION].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise CaptionError(f"caption of sample {self.key!r} is not UTF-8: {error}; re-encode it") from None
+        if not text.strip("\ufeff \t\r\n"):
+            raise CaptionError(f"caption of sample {self.key!r} is empty")
+        return text
+
+
+def image_extension(key: str, extensions: Mapping[str, object], repeated: tuple[str, ...] = ()) -> str:
+    """The extension of a sample's one picture. Raises ShardError where there is none, or more than one."""
+    present = [extension for extension in IMAGE_EXTENSIONS if extension in extensions]
+    if not present:
+        wanted = "/".join(IMAGE_EXTENSIONS)
+        raise ShardError(f"sample {key!r} has no picture ({wanted}; members: {sorted(extensions)})")
+    if len(present) > 1 or present[0] in repeated:
+        raise ShardError(f"sample {key!r} has more than one picture ({present}); which one does the caption mean?")
+    return present[0]
+
+
+def split_name(member_name: str) -> tuple[str, str] | None:
+    """(key, lower-case extension) of a tar member, or None for a name that is no part of a sample."""
+    folder, slash, base = member_name.rpartition("/")
+    stem, dot, extension = base.partition(".")
+    if not stem or not dot or not extension:
+        return None
+    return folder + slash + stem, extension.lower()
+
+
+def expand_shards(spec: str) -> list[str]:
+    """Sorted tar addresses for a file, a folder, a glob or a brace pattern (`s3://b/train-{000..099}.tar`).
+
+    Raises ShardError where nothing is there, where a folder holds no `.tar`, or where two tars share a name.
+    """
+    urls: list[str] = []
+    for pattern in braceexpand(str(spec)):
+        fs, path = url_to_fs(pattern)
+        if fs.isdir(path):
+            found = [entry for entry in fs.ls(path, detail=False) if entry.endswith(".tar")]
+            if not found:
+                raise ShardError(f"{pattern}: the folder holds no .tar file; a shard is an uncompressed WebDataset tar")
+        elif any(sign in path for sign in "*?["):
+            found = fs.glob(path)
+            if not found:
+                raise ShardError(f"{pattern}: no file matches")
+        elif not fs.exists(path):
+            raise ShardError(f"{pattern}: no such file or folder")
+        else:
+            found = [path]
+        visible = (entry for entry in found if not entry.rsplit("/", 1)[-1].startswith("."))
+        urls.extend(str(fs.unstrip_protocol(entry)).removeprefix("file://") for entry in visible)
+    urls = sorted(set(urls))
+    if not urls:
+        raise ShardError(f"{spec}: no visible .tar file")
+    by_name: dict[str, str] = {}
+    for url in urls:
+        other = by_name.setdefault(shard_name(url), url)
+        if other != url:
+            raise ShardError(f"{other} and {url} share a file name; outputs are named after it: rename one")
+    return urls
+
+
+def shard_name(url: str) -> str:
+    """A shard's file name."""
+    return url.rsplit("/", 1)[-1]
+
+
+def stream_samples(url: str) -> Iterator[Sample]:
+    """The samples of one tar, in order, reading it once from front to back.
+
+    Raises ShardError on a corrupt or truncated tar, after every sample that stands complete before the damage.
+    """
+    key: str | None = None
+    members: dict[str, bytes] = {}
+    repeated: list[str] = []
+    damage: str | None = None
+    with open_read(url) as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r|") as tar:
+                for info in tar:
+                    name = split_name(info.name)
+                    if not info.isreg() or name is None:
+                        continue
+                    stream = tar.extractfile(info)
+                    assert stream is not None  # a regular file always has one
+                    data = stream.read()
+                    if len(data) != info.size:
+                        raise tarfile.ReadError(f"member {info.name!r} ends after {len(data)} of {info.size} bytes")
+                    if key is not None and name[0] != key:
+                        yield Sample(key, members, tuple(repeated))
+                        members, repeated = {}, []
+                    key = name[0]
+                    if name[1] in members:
+                        repeated.append(name[1])
+                    members[name[1]] = data
+        except (tarfile.TarError, EOFError, OSError) as error:
+            damage = str(error)
+    if damage is not None:
+        last = f"; its last sample, {key!r}, may be incomplete" if key is not None else ""
+        raise ShardError(f"{url}: corrupt or truncated tar: {damage}{last}")
+    if key is not None:
+        yield Sample(key, members, tuple(repeated))
+
+
+@dataclass(frozen=True)
+class SampleIndex:
+    """Where a sample's members lie inside its tar: extension -> (offset_bytes, size_bytes)."""
+
+    key: str
+    members: dict[str, tuple[int, int]]
+    repeated: tuple[str, ...] = field(default=())
+
+
+def index_shard(url: str) -> list[SampleIndex]:
+    """Finds every sample of a tar by reading only the headers, so that samples can be read in any order.
+
+    Raises ShardError on a corrupt or truncated tar.
+    """
+    samples: list[SampleIndex] = []
+    key: str | None = None
+    with open_read(url) as file:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for info in tar:
+                    name = split_name(info.name)
+                    if not info.isreg() or name is None:
+                        continue
+                    if info.offset_data + info.size > size:
+                        raise tarfile.ReadError(f"member {info.name!r} reaches beyond the end of the file")
+                    if name[0] != key:
+                        samples.append(SampleIndex(name[0], {}))
+                        key = name[0]
+                    current = samples[-1]
+                    if name[1] in current.members:
+                        samples[-1] = SampleIndex(current.key, current.members, (*current.repeated, name[1]))
+                    current.members[name[1]] = (info.offset_data, info.size)
+        except (tarfile.TarError, EOFError, OSError) as error:
+            raise ShardError(f"{url}: corrupt or truncated tar: {error}") from None
+    return samples
+
+
+def write_tar(url: str, samples: Iterator[tuple[str, Mapping[str, bytes]]]) -> int:
+    """Writes samples, (key, extension -> bytes), as one tar; same samples, same bytes. Returns how many."""
+    count = 0
+    with open_atomic(url) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for key, members in samples:
+            for extension, data in members.items():
+                tar.addfile(member_info(f"{key}.{extension}", len(data)), io.BytesIO(data))
+            count += 1
+    return count
+
+
+def member_info(name: str, size_bytes: int) -> tarfile.TarInfo:
+    """A tar header without time, owner or machine in it, so that equal content gives equal bytes."""
+    info = tarfile.TarInfo(name)
+    info.size = size_bytes
+    info.mode = 0o644
+    return info

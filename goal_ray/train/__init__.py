@@ -1,0 +1,1 @@
+"""Training: Ray Data feeds Ray Train workers, each of which steps a DeepSpeed engine around the GOAL loss."""

@@ -1,0 +1,118 @@
+"""Checkpoints: full fp32 tensors in safetensors, whatever the ZeRO stage and the number of workers were.
+
+`RUN/checkpoints/step-00000100/` holds an open_clip model folder (plain open_clip loads it as `local-dir:`), the AdamW
+averages by parameter name, and the step. Loading runs no code from the file, and any stage or worker count can go on.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from goal_ray.errors import StageError
+from goal_ray.model import LoadedModel, save_model
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
+AVERAGES = ("exp_avg", "exp_avg_sq")
+
+
+def checkpoint_folders(run_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(path.parent for path in (run_dir / "checkpoints").glob(f"step-*/{STATE_FILE}"))
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """A model folder: `path` itself, or a run's newest checkpoint. Raises StageError where there is neither."""
+    if not path.is_dir():
+        raise StageError(f"{path}: no such folder")
+    if (path / "checkpoints").is_dir():
+        folders = checkpoint_folders(path)
+        if not folders:
+            raise StageError(f"{path}: the run has no complete checkpoint yet")
+        return folders[-1]
+    return path
+
+
+def read_step(folder: Path) -> int:
+    """The optimizer steps done when a checkpoint was made."""
+    return int(json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["step"])
+
+
+def save_checkpoint(run_dir: Path, engine: Any, loaded: LoadedModel, step: int) -> Path:
+    """Saves the training state after `step` steps; every rank must call it. The folder appears complete or not at all."""
+    lead = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    weights: dict[str, torch.Tensor] = {}
+    averages: dict[str, torch.Tensor] = {}
+    for name, parameter in loaded.clip.named_parameters():
+        keys = (None, *AVERAGES) if parameter.requires_grad else (None,)
+        for key in keys:
+            full = _full_tensor(engine, parameter, key)  # collective: on every rank, in the same order
+            if lead:
+                target = weights if key is None else averages
+                target[name if key is None else f"{key}.{name}"] = full.detach().float().cpu().clone()
+    final = run_dir / "checkpoints" / f"step-{step:08d}"
+    if lead:
+        buffers = {name: b for name, b in loaded.clip.state_dict().items() if name not in weights}
+        partial = final.with_name(f".{final.name}.tmp")
+        shutil.rmtree(partial, ignore_errors=True)
+        save_model(partial, loaded, {**weights, **buffers})
+        save_file(averages, partial / OPTIMIZER_FILE)
+        (partial / STATE_FILE).write_text(json.dumps({"step": step}), encoding="utf-8")
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    return final
+
+
+def load_averages(folder: Path, engine: Any, clip: torch.nn.Module, step: int) -> None:
+    """Puts AdamW's averages and step count of a checkpoint back into the engine; every rank must call it."""
+    averages = load_file(folder / OPTIMIZER_FILE)
+    _allocate_states(engine, step)
+    for name, parameter in clip.named_parameters():
+        for key in AVERAGES if parameter.requires_grad else ():
+            _set_average(engine, parameter, key, averages[f"{key}.{name}"].to(engine.device))
+
+
+def reset_step_count(engine: Any) -> None:
+    """Sets AdamW's step count to 0: ZeRO-3 takes a dry step when it allocates its states."""
+    for state in engine.basic_optimizer.state.values():
+        state["step"] = torch.zeros_like(state["step"])
+
+
+def _full_tensor(engine: Any, parameter: torch.nn.Parameter, key: str | None) -> torch.Tensor:
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    from deepspeed.zero import GatheredParameters
+
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        return parameter if key is None else engine.basic_optimizer.state[parameter][key]
+    if not parameter.requires_grad:
+        with GatheredParameters([parameter], enabled=stage == 3):
+            return parameter.detach().clone()
+    return safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
+
+
+def _set_average(engine: Any, parameter: torch.nn.Parameter, key: str, value: torch.Tensor) -> None:
+    from deepspeed.utils import safe_set_full_optimizer_state
+
+    if engine.zero_optimization_stage() == 0:
+        engine.basic_optimizer.state[parameter][key].copy_(value)
+    else:
+        safe_set_full_optimizer_state(parameter, value, key)
+
+
+def _allocate_states(engine: Any, step: int) -> None:
+    """Makes AdamW's state tensors, which torch and ZeRO 1-2 otherwise make in the first step."""
+    optimizer = engine.basic_optimizer
+    for group in optimizer.param_groups:
+        for tensor in group["params"]:
+            count = torch.tensor(float(step), device=tensor.device if group["fused"] else "cpu")
+            optimizer.state[tensor] = {"step": count, **{key: torch.zeros_like(tensor) for key in AVERAGES}}
+    if engine.zero_optimization_stage() in (1, 2):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()

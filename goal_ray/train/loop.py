@@ -1,0 +1,160 @@
+"""What every training worker runs: build, resume, step, log, save."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from goal_ray.batches import ExampleBuilder, unpack
+from goal_ray.errors import StageError
+from goal_ray.geometry import PixelGeometry, ResizeConfig
+from goal_ray.losses import TERMS, GoalBatch, GoalModel
+from goal_ray.model import LoadedModel, ModelConfig, load_model
+from goal_ray.order import BatchOrder, locate_step
+from goal_ray.text import CaptionEncoder
+from goal_ray.train.checkpoint import load_averages, read_step, reset_step_count, save_checkpoint
+from goal_ray.train.config import TrainConfig
+from goal_ray.train.engine import build_engine, set_learning_rate
+from goal_ray.train.ingest import BatchReader, stream_batches
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that the driver tells its workers.
+
+    urls, counts  tars and the usable samples in each
+    resume_from   checkpoint folder to go on from
+    send          takes a record to the driver; called on rank 0, returns at once
+    """
+
+    config: TrainConfig
+    run_dir: Path
+    urls: tuple[str, ...]
+    counts: tuple[int, ...]
+    resume_from: Path | None
+    send: Callable[[dict[str, Any]], None]
+
+
+def train_worker(job: Job, rank: int, ranks: int, device: torch.device) -> None:
+    """Trains on one rank of an initialised process group."""
+    config = job.config
+    order = BatchOrder(job.counts, config.global_batch, config.seed, config.data.shuffle_shards)
+    total_steps = config.total_steps(order.steps_per_epoch)
+    start = config.model if job.resume_from is None else ModelConfig(str(job.resume_from))
+    loaded = load_model(start, config.seed)
+    first_step = 0 if job.resume_from is None else read_step(job.resume_from)
+    preprocess = loaded.preprocess
+    model = GoalModel(loaded.clip, config.loss, preprocess["mean"], preprocess["std"], config.precision == "bf16")
+    engine = build_engine(model.to(device), config, device)
+    if job.resume_from is None:
+        reset_step_count(engine)
+    else:
+        load_averages(job.resume_from, engine, loaded.clip, first_step)
+
+    reader = BatchReader(job.urls, build_examples(config, loaded), config.seed)
+    batches = read_batches(job, order, reader, first_step, rank, ranks)
+    window = LogWindow(config, device)
+    for step in range(first_step, total_steps):
+        lr = config.optimizer.lr * config.optimizer.lr_factor(step, total_steps)
+        set_learning_rate(engine, lr)
+        for _ in range(config.accumulate):
+            window.add(train_step(engine, unpack(next(batches), device), config.loss.weights))
+        done = step + 1
+        if done % config.log_every == 0 or done == total_steps:
+            record = window.read(done, total_steps, lr, done / order.steps_per_epoch, engine)
+            if rank == 0:
+                job.send(record)
+        if done % config.checkpoint_every == 0 or done == total_steps:
+            save_checkpoint(job.run_dir, engine, loaded, done)
+
+
+def train_step(engine: Any, batch: GoalBatch, weights: tuple[float, ...]) -> torch.Tensor:
+    """One micro-batch forward, backward, and the optimizer's step when enough of them are in. Returns the terms (4,)."""
+    terms_4 = engine(batch)
+    engine.backward((terms_4 * terms_4.new_tensor(weights)).sum())
+    engine.step()
+    return terms_4.detach()
+
+
+def build_examples(config: TrainConfig, loaded: LoadedModel) -> ExampleBuilder:
+    """The sample-to-tensor part of the ingest for a model."""
+    interpolation = loaded.preprocess["interpolation"]
+    crops = ResizeConfig(mode=config.data.crop_mode)
+    return ExampleBuilder(
+        geometry=PixelGeometry(config.data.resize, loaded.size_px, loaded.grid_HW, interpolation),
+        crop_geometry=PixelGeometry(crops, loaded.size_px, loaded.grid_HW, interpolation),
+        encoder=CaptionEncoder(loaded.tokenizer),
+        context_length=loaded.context_length,
+        pairs=config.data.pairs_per_image if config.loss.needs_pairs else 0,
+    )
+
+
+def read_batches(
+    job: Job, order: BatchOrder, reader: BatchReader, first_step: int, rank: int, ranks: int
+) -> Iterator[bytes]:
+    """This rank's packed micro-batches from `first_step` on, epoch after epoch.
+
+    Raises StageError once this rank has met more unreadable samples than its share of the run allows.
+    """
+    allowed = job.config.data.max_bad_share * sum(job.counts)
+    seen_bad: set[tuple[str, str]] = set()
+    epoch, step_in_epoch = locate_step(first_step, order.steps_per_epoch)
+    for current in range(epoch, job.config.epochs):
+        plan = order.micro_batches(current, step_in_epoch, rank, ranks, job.config.accumulate)
+        step_in_epoch = 0
+        for packed, bad in stream_batches(plan, reader, current):
+            if bad:
+                job.send({"bad": bad})
+                seen_bad.update((record["shard"], record["key"]) for record in bad)
+            if len(seen_bad) > allowed or not packed:
+                raise StageError(
+                    f"{len(seen_bad)} unreadable samples exceed data.max_bad_share={job.config.data.max_bad_share}; "
+                    f"the last: {bad[-1]}; see {job.run_dir / 'quarantine.jsonl'}"
+                )
+            yield packed
+
+
+class LogWindow:
+    """Means of the loss terms and the speed since the last log line; the device is read only when asked."""
+
+    def __init__(self, config: TrainConfig, device: torch.device):
+        self.config = config
+        self.sum_4 = torch.zeros(len(TERMS), device=device)
+        self.micro_batches = 0
+        self.since = time.perf_counter()
+
+    def add(self, terms_4: torch.Tensor) -> None:
+        """Adds a micro-batch's terms."""
+        self.sum_4 += terms_4
+        self.micro_batches += 1
+
+    def read(self, step: int, total_steps: int, lr: float, epoch: float, engine: Any) -> dict[str, Any]:
+        """The log record, averaged over all ranks; every rank must call it. Starts a new window."""
+        mean_4 = self.sum_4 / max(1, self.micro_batches)
+        dist.all_reduce(mean_4)
+        terms = (mean_4 / dist.get_world_size()).tolist()
+        seconds = time.perf_counter() - self.since
+        images = self.micro_batches * self.config.batch_per_worker * dist.get_world_size()
+        norm = engine.get_global_grad_norm()
+        self.sum_4.zero_()
+        self.micro_batches, self.since = 0, time.perf_counter()
+        return {
+            "step": step,
+            "total_steps": total_steps,
+            "epoch": round(epoch, 4),
+            "loss": sum(weight * term for weight, term in zip(self.config.loss.weights, terms, strict=True)),
+            **{f"loss_{name}": term for name, term in zip(TERMS, terms, strict=True)},
+            "lr": lr,
+            "grad_norm": None if norm is None else float(norm),
+            "images_per_s": images / seconds,
+        }
+
+
+def use_all_cpus(workers_here: int) -> None:
+    """Shares this machine's cores among its CPU workers; Ray would leave one thread to each."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers_here))
