@@ -10,7 +10,14 @@ class ConfigError(GoalRayError):
 
 
 class ShardError(GoalRayError):
-    """A tar, or a sample inside one, breaks the shard contract."""
+    """A tar, or a sample inside one, breaks the shard contract; `key` names the sample where one is known."""
+
+    def __init__(self, message: str, key: str = ""):
+        super().__init__(message)
+        self.key = key
+
+    def __reduce__(self):  # the key survives the way between processes
+        return type(self), (str(self), self.key)
 
 
 class ImageError(GoalRayError):

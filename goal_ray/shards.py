@@ -7,7 +7,8 @@ A member's name splits at the first dot of its base name, as in WebDataset: `a/b
 import io
 import tarfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import IO, Literal
 
 from braceexpand import braceexpand
 from fsspec.core import url_to_fs
@@ -30,6 +31,11 @@ class Sample:
     key: str
     members: dict[str, bytes]
     repeated: tuple[str, ...] = ()
+
+    def with_member(self, extension: str, data: bytes) -> "Sample":
+        """This sample and one more member."""
+        again = (extension,) if extension in self.members else ()
+        return Sample(self.key, {**self.members, extension: data}, (*self.repeated, *again))
 
     def image_bytes(self) -> bytes:
         """The encoded picture. Raises ShardError unless exactly one picture is there."""
@@ -108,41 +114,89 @@ def shard_name(url: str) -> str:
     return url.rsplit("/", 1)[-1]
 
 
+@dataclass(frozen=True)
+class Member:
+    """A tar member and the sample it belongs to: `sample` counts from 0; -1 is a member of no sample."""
+
+    info: tarfile.TarInfo
+    sample: int
+    key: str
+    extension: str
+
+
+class _MarkedInfo(tarfile.TarInfo):
+    """Notes on the tar that its end mark was read; `tarfile` itself takes a cut between two members for the end."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            tar.saw_end_mark = True  # type: ignore[attr-defined]
+            raise
+
+
+def open_tar(file: IO[bytes], mode: Literal["r|", "r:"]) -> tarfile.TarFile:
+    """Opens a tar for `iter_members`: `r|` reads it once from the front, `r:` seeks from header to header."""
+    return tarfile.open(fileobj=file, mode=mode, tarinfo=_MarkedInfo)
+
+
+def iter_members(tar: tarfile.TarFile) -> Iterator[Member]:
+    """The members of a tar from `open_tar` with their samples: the one place that says where a sample ends.
+
+    Raises tarfile.TarError on damage, and at the end of a tar that lacks its end mark, since it was cut short.
+    """
+    sample, key = -1, None
+    for info in tar:
+        name = split_name(info.name)
+        if not info.isreg() or name is None:
+            yield Member(info, -1, "", "")
+            continue
+        if name[0] != key:
+            sample, key = sample + 1, name[0]
+        yield Member(info, sample, *name)
+    if not getattr(tar, "saw_end_mark", False):
+        raise tarfile.ReadError("the end-of-archive mark is missing")
+
+
+def read_member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
+    """The bytes of a regular member. Raises tarfile.ReadError when the tar ends before them."""
+    stream = tar.extractfile(info)
+    assert stream is not None  # a regular file always has one
+    data = stream.read()
+    if len(data) != info.size:
+        raise tarfile.ReadError(f"member {info.name!r} ends after {len(data)} of {info.size} bytes")
+    return data
+
+
 def stream_samples(url: str) -> Iterator[Sample]:
     """The samples of one tar, in order, reading it once from front to back.
 
     Raises ShardError on a corrupt or truncated tar, after every sample that stands complete before the damage.
     """
-    key: str | None = None
-    members: dict[str, bytes] = {}
-    repeated: list[str] = []
+    current: Sample | None = None
+    number = -1
     damage: str | None = None
     with open_read(url) as file:
         try:
-            with tarfile.open(fileobj=file, mode="r|") as tar:
-                for info in tar:
-                    name = split_name(info.name)
-                    if not info.isreg() or name is None:
+            with open_tar(file, "r|") as tar:
+                for member in iter_members(tar):
+                    if member.sample < 0:
                         continue
-                    stream = tar.extractfile(info)
-                    assert stream is not None  # a regular file always has one
-                    data = stream.read()
-                    if len(data) != info.size:
-                        raise tarfile.ReadError(f"member {info.name!r} ends after {len(data)} of {info.size} bytes")
-                    if key is not None and name[0] != key:
-                        yield Sample(key, members, tuple(repeated))
-                        members, repeated = {}, []
-                    key = name[0]
-                    if name[1] in members:
-                        repeated.append(name[1])
-                    members[name[1]] = data
+                    if member.sample != number:
+                        if current is not None:
+                            yield current
+                        current, number = Sample(member.key, {}), member.sample
+                    assert current is not None
+                    current = current.with_member(member.extension, read_member(tar, member.info))
         except (tarfile.TarError, EOFError, OSError) as error:
             damage = str(error)
     if damage is not None:
-        last = f"; its last sample, {key!r}, may be incomplete" if key is not None else ""
-        raise ShardError(f"{url}: corrupt or truncated tar: {damage}{last}")
-    if key is not None:
-        yield Sample(key, members, tuple(repeated))
+        key = current.key if current is not None else ""
+        last = f"; its last sample, {key!r}, may be incomplete" if key else ""
+        raise ShardError(f"{url}: corrupt or truncated tar: {damage}{last}", key)
+    if current is not None:
+        yield current
 
 
 @dataclass(frozen=True)
@@ -151,7 +205,7 @@ class SampleIndex:
 
     key: str
     members: dict[str, tuple[int, int]]
-    repeated: tuple[str, ...] = field(default=())
+    repeated: tuple[str, ...] = ()
 
 
 def index_shard(url: str) -> list[SampleIndex]:
@@ -160,25 +214,23 @@ def index_shard(url: str) -> list[SampleIndex]:
     Raises ShardError on a corrupt or truncated tar.
     """
     samples: list[SampleIndex] = []
-    key: str | None = None
     with open_read(url) as file:
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for info in tar:
-                    name = split_name(info.name)
-                    if not info.isreg() or name is None:
+            with open_tar(file, "r:") as tar:
+                for member in iter_members(tar):
+                    info, extension = member.info, member.extension
+                    if member.sample < 0:
                         continue
                     if info.offset_data + info.size > size:
                         raise tarfile.ReadError(f"member {info.name!r} reaches beyond the end of the file")
-                    if name[0] != key:
-                        samples.append(SampleIndex(name[0], {}))
-                        key = name[0]
+                    if member.sample == len(samples):
+                        samples.append(SampleIndex(member.key, {}))
                     current = samples[-1]
-                    if name[1] in current.members:
-                        samples[-1] = SampleIndex(current.key, current.members, (*current.repeated, name[1]))
-                    current.members[name[1]] = (info.offset_data, info.size)
+                    again = (extension,) if extension in current.members else ()
+                    place = {**current.members, extension: (info.offset_data, info.size)}
+                    samples[-1] = SampleIndex(current.key, place, (*current.repeated, *again))
         except (tarfile.TarError, EOFError, OSError) as error:
             raise ShardError(f"{url}: corrupt or truncated tar: {error}") from None
     return samples

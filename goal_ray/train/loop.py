@@ -49,6 +49,7 @@ def train_worker(job: Job, rank: int, ranks: int, device: torch.device) -> None:
     loaded = load_model(start, config.seed)
     first_step = 0 if job.resume_from is None else read_step(job.resume_from)
     preprocess = loaded.preprocess
+    preprocess["resize_mode"] = "squash" if config.data.resize.mode == "squash" else "shortest"
     model = GoalModel(loaded.clip, config.loss, preprocess["mean"], preprocess["std"], config.precision == "bf16")
     engine = build_engine(model.to(device), config, device)
     if job.resume_from is None:

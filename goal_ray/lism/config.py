@@ -1,0 +1,75 @@
+"""The settings of a LISM run; the class docstrings are the documentation that --help prints."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from goal_ray.config import strict
+from goal_ray.model import ModelConfig
+from goal_ray.regions import FelzenszwalbConfig, ProposerConfig
+
+
+@strict
+@dataclass(frozen=True)
+class MatcherConfig:
+    """The frozen CLIP that compares region crops with sentences.
+
+    model: the CLIP (the published run used ViT-L-14-336 with weights openai)
+    crop_mode: how crops become the model's square
+    batch: crops, or sentences, per forward pass
+    """
+
+    model: ModelConfig = field(default_factory=lambda: ModelConfig("ViT-L-14-336", "openai"))
+    crop_mode: Literal["shortest", "squash"] = "shortest"
+    batch: int = 256
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError("batch must be at least 1")
+
+
+@strict
+@dataclass(frozen=True)
+class LismConfig:
+    """A LISM run.
+
+    proposer: where regions come from
+    matcher: the CLIP that matches them with sentences
+    language: language code of the captions, for sentence splitting
+    min_area: regions smaller than this share of the picture are left out (the paper: 1 %)
+    max_area: regions larger than this share are left out (the paper: 80 %)
+    max_side_px: the segmenter and the crops see a copy of the picture shrunk to this longer side
+    max_pixels: larger pictures are quarantined unread
+    images_per_batch: pictures per call of a proposer or matcher actor
+    proposer_actors: least and most proposer actors
+    matcher_actors: least and most matcher actors
+    device: auto takes GPUs where the cluster has them
+    gpus_per_actor: share of a GPU that each actor holds
+    max_bad_share: the run fails when more than this share of the samples is quarantined
+    """
+
+    proposer: ProposerConfig = field(default_factory=FelzenszwalbConfig)
+    matcher: MatcherConfig = field(default_factory=MatcherConfig)
+    language: str = "en"
+    min_area: float = 0.01
+    max_area: float = 0.80
+    max_side_px: int = 2048
+    max_pixels: int = 150_000_000
+    images_per_batch: int = 16
+    proposer_actors: tuple[int, int] = (1, 1)
+    matcher_actors: tuple[int, int] = (1, 1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    gpus_per_actor: float = 0.5
+    max_bad_share: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_area < self.max_area <= 1:
+            raise ValueError("areas must satisfy 0 <= min_area < max_area <= 1")
+        for name in ("proposer_actors", "matcher_actors"):
+            least, most = getattr(self, name)
+            if not 1 <= least <= most:
+                raise ValueError(f"{name} must be [least, most] with 1 <= least <= most")
+        for name in ("max_side_px", "max_pixels", "images_per_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError("max_bad_share must be between 0 and 1")

@@ -1,0 +1,182 @@
+"""LISM's output folder: one paired tar per input tar, the quarantine, and what is done.
+
+OUT/NAME.tar               input members unchanged + KEY.pairs.json, renamed into place when complete
+OUT/quarantine/NAME.jsonl  samples left out: shard, key, stage, reason
+OUT/done/NAME.json         counts of a finished shard, written last: a shard without it is done again, whole
+"""
+
+import io
+import json
+import tarfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from goal_ray.shards import (
+    PAIRS_EXTENSION,
+    Member,
+    iter_members,
+    member_info,
+    open_tar,
+    read_member,
+    shard_name,
+)
+from goal_ray.storage import exists, join, list_names, open_atomic, open_read, read_bytes, write_bytes
+
+SIMILARITY_BINS = 40
+
+
+@dataclass
+class ShardCounts:
+    """What came out of one shard, or of a whole run: sums, and a histogram of pair similarities over [-1, 1]."""
+
+    samples: int = 0
+    paired: int = 0
+    quarantined: int = 0
+    regions: int = 0
+    sentences: int = 0
+    whole_image: int = 0
+    similarity_histogram: list[int] = field(default_factory=lambda: [0] * SIMILARITY_BINS)
+
+    def add_pairs(self, regions: int, similarities: Sequence[float], whole_image: int) -> None:
+        """Counts one paired sample."""
+        self.samples += 1
+        self.paired += 1
+        self.regions += regions
+        self.sentences += len(similarities)
+        self.whole_image += whole_image
+        for value in similarities:
+            bin_ = int((value + 1) / 2 * SIMILARITY_BINS)
+            self.similarity_histogram[min(max(bin_, 0), SIMILARITY_BINS - 1)] += 1
+
+    def add_bad(self) -> None:
+        """Counts one quarantined sample."""
+        self.samples += 1
+        self.quarantined += 1
+
+    def merge(self, other: "ShardCounts") -> None:
+        """Adds another's sums."""
+        for name in ("samples", "paired", "quarantined", "regions", "sentences", "whole_image"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        both = zip(self.similarity_histogram, other.similarity_histogram, strict=True)
+        self.similarity_histogram = [a + b for a, b in both]
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """The output folder of a run, on any storage."""
+
+    url: str
+
+    def tar(self, shard: str) -> str:
+        """The paired tar of an input shard."""
+        return join(self.url, shard_name(shard))
+
+    def _done(self, shard: str) -> str:
+        return join(join(self.url, "done"), f"{shard_name(shard)}.json")
+
+    def _quarantine(self, shard: str) -> str:
+        return join(join(self.url, "quarantine"), f"{shard_name(shard)}.jsonl")
+
+    def finished(self, shards: Sequence[str]) -> set[str]:
+        """The shards whose output is complete."""
+        done = set(list_names(join(self.url, "done")))
+        return {shard for shard in shards if f"{shard_name(shard)}.json" in done}
+
+    def counts(self, shard: str) -> ShardCounts:
+        """The counts of a finished shard."""
+        return ShardCounts(**json.loads(read_bytes(self._done(shard))))
+
+    def quarantine(self, shard: str) -> list[dict[str, str]]:
+        """The samples a finished shard left out."""
+        url = self._quarantine(shard)
+        return [json.loads(line) for line in read_bytes(url).splitlines()] if exists(url) else []
+
+    def finish(
+        self, shard: str, pairs: Mapping[int, bytes], bad: Sequence[dict[str, str]], counts: ShardCounts
+    ) -> None:
+        """Writes a shard's outputs; the order makes a kill at any moment harmless.
+
+        pairs  sample number -> its pairs.json; samples that are not in it are left out of the tar
+        bad    a record for every sample left out
+        """
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in bad)
+        if bad:
+            write_bytes(self._quarantine(shard), lines.encode())
+        if pairs:
+            write_paired_tar(shard, self.tar(shard), pairs)
+        write_bytes(self._done(shard), json.dumps(asdict(counts)).encode())
+
+
+def write_paired_tar(source: str, target: str, pairs: Mapping[int, bytes]) -> None:
+    """Copies a tar member by member, adding each sample's pairs.json behind its members; no tar is held in memory.
+
+    Samples that are not in `pairs` are left out; members of no sample are kept; an earlier pairs.json is replaced. Reads
+    up to the damage of a truncated tar, whose samples beyond it cannot be in `pairs`.
+    """
+    with (
+        open_read(source) as input_file,
+        open_atomic(target) as output_file,
+        tarfile.open(fileobj=output_file, mode="w", format=tarfile.PAX_FORMAT) as output,
+    ):
+        last: Member | None = None
+        try:
+            with open_tar(input_file, "r|") as tar:
+                for member in iter_members(tar):
+                    if last is not None and member.sample != last.sample and member.sample >= 0:
+                        add_pairs(output, last, pairs)
+                    if member.sample >= 0:
+                        last = member
+                        if member.sample not in pairs or member.extension == PAIRS_EXTENSION:
+                            continue
+                    data = read_member(tar, member.info) if member.info.isreg() else b""
+                    output.addfile(member.info, io.BytesIO(data))
+        except (tarfile.TarError, EOFError):
+            if last is not None and last.sample in pairs:
+                raise
+            return
+        if last is not None:
+            add_pairs(output, last, pairs)
+
+
+def add_pairs(output: tarfile.TarFile, member: Member, pairs: Mapping[int, bytes]) -> None:
+    """Adds the pairs.json of the sample that `member` belongs to."""
+    if member.sample in pairs:
+        data = pairs[member.sample]
+        output.addfile(member_info(f"{member.key}.{PAIRS_EXTENSION}", len(data)), io.BytesIO(data))
+
+
+def total_counts(folder: OutputFolder, shards: Sequence[str]) -> ShardCounts:
+    """The sums over shards."""
+    total = ShardCounts()
+    for shard in shards:
+        total.merge(folder.counts(shard))
+    return total
+
+
+def summary(counts: ShardCounts, seconds: float) -> dict[str, Any]:
+    """The run's summary as stored in OUT/lism.json."""
+    return {
+        **asdict(counts),
+        "regions_per_image": counts.regions / max(1, counts.paired),
+        "sentences_per_image": counts.sentences / max(1, counts.paired),
+        "whole_image_share": counts.whole_image / max(1, counts.sentences),
+        "seconds": round(seconds, 1),
+    }
+
+
+def print_summary(result: Mapping[str, Any]) -> None:
+    """Prints a summary for people, with the histogram as bars."""
+    print(
+        f"samples {result['samples']}: paired {result['paired']}, quarantined {result['quarantined']} · "
+        f"{result['regions_per_image']:.1f} regions and {result['sentences_per_image']:.1f} sentences per image · "
+        f"{100 * result['whole_image_share']:.1f} % of the sentences match the whole image best"
+    )
+    histogram = result["similarity_histogram"]
+    most = max(histogram) or 1
+    for number, count in enumerate(histogram):
+        if count:
+            low = -1 + 2 * number / len(histogram)
+            print(
+                f"  similarity {low:+.2f}..{low + 2 / len(histogram):+.2f} {count:>8} {'█' * max(1, 40 * count // most)}"
+            )
