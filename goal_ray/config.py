@@ -95,7 +95,7 @@ def explain(cls: type, item: Any) -> str:
 def known_keys(cls: Any, location: Sequence[str]) -> list[str]:
     """The field names of the config class found by walking `location` down from `cls`."""
     for part in location:
-        options = [option for option in dataclass_options(cls)]
+        options = dataclass_options(cls)
         hints = {name: hint for option in options for name, hint in typing.get_type_hints(option).items()}
         named = [option for option in options if typing.get_type_hints(option).get("name") and part in names_of(option)]
         cls = named[0] if named else hints.get(part)

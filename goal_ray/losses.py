@@ -220,8 +220,8 @@ def global_mean_scale(counts_R: Tensor) -> Tensor:
 
 
 class _GatherRows(torch.autograd.Function):
-    """All ranks' rows. Backward needs no communication: every rank computes the same loss from the same rows, so its own
-    slice of the gradient is exact; times the number of ranks, because the engine averages gradients afterwards."""
+    """All ranks' rows. Backward needs no communication: every rank computes the same loss from the same rows, so its
+    own slice of the gradient is exact; times the number of ranks, because the engine averages gradients afterwards."""
 
     @staticmethod
     def forward(ctx, rows_ME: Tensor, counts: Sequence[int]) -> Tensor:

@@ -25,13 +25,13 @@ class BatchOrder:
     def __post_init__(self) -> None:
         if sum(self.counts) < self.global_batch:
             raise StageError(
-                f"the shards hold {sum(self.counts)} usable samples, less than one global batch of {self.global_batch}; "
+                f"the shards hold {sum(self.counts)} usable samples, less than a global batch of {self.global_batch}; "
                 "lower the batch, the accumulation or the number of workers, or add data"
             )
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole global batches in an epoch; the rest of the samples, others each time, sit this epoch out."""
+        """Whole global batches in an epoch; the samples left over, others each time, sit it out."""
         return sum(self.counts) // self.global_batch
 
     def epoch(self, epoch: int) -> np.ndarray:

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 def ray_session(busy_cpus: int = 0) -> Iterator[None]:
     """Runs the block on the cluster of RAY_ADDRESS (set in every Ray job), or on a private local one.
 
-    busy_cpus  CPUs that long-lived workers will hold; a local cluster counts two more, so that data tasks still run
+    busy_cpus  CPUs that long-lived workers will hold; a local cluster counts two more, for data tasks
 
-    A session that already exists is used and left running. The private one listens on the loopback interface only and is
+    A session that already exists is used and left running. The private one listens on loopback only and is
     shut down at the end.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -1,7 +1,7 @@
 """Embeds the pictures and captions of shards in one streamed pass. Core: torch only, no Ray."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -21,7 +21,7 @@ from goal_ray.text import CaptionEncoder, pad_batch
 
 @dataclass(frozen=True)
 class Embeddings:
-    """image_NE and text_NE: L2-normalised float32 on the CPU, row by row of one sample · keys · skipped: bad samples."""
+    """image_NE, text_NE: L2-normalised float32 on the CPU, a row a sample · keys · skipped: bad samples."""
 
     image_NE: torch.Tensor
     text_NE: torch.Tensor

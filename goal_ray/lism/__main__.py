@@ -10,9 +10,9 @@ from goal_ray.lism.run import run_lism
 
 DESCRIPTION = """Match each sentence of every caption to a region of its picture (LISM).
 
-IN is a folder, file, glob or brace pattern of WebDataset tars with KEY.jpg|jpeg|png|webp and KEY.txt. OUT gets one tar of
-the same name for each, its members unchanged plus KEY.pairs.json. A sample that cannot be used goes to OUT/quarantine
-with the reason. Run the same command again after an interruption: only what is missing is done."""
+IN is a folder, file, glob or brace pattern of WebDataset tars with KEY.jpg|jpeg|png|webp and KEY.txt. OUT gets one tar
+of the same name for each, its members unchanged plus KEY.pairs.json. A sample that cannot be used goes to the
+OUT/quarantine with the reason. Run the same command again after an interruption: only what is missing is done."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from goal_ray.geometry import PixelGeometry, ResizeConfig, crop_box
 from goal_ray.lism.config import MatcherConfig
 from goal_ray.model import encode_image, encode_text, load_model
 from goal_ray.pairs import Pair
 from goal_ray.text import CaptionEncoder, pad_batch
-from PIL import Image
 
 
 @dataclass(frozen=True)

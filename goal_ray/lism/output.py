@@ -111,8 +111,8 @@ class OutputFolder:
 def write_paired_tar(source: str, target: str, pairs: Mapping[int, bytes]) -> None:
     """Copies a tar member by member, adding each sample's pairs.json behind its members; no tar is held in memory.
 
-    Samples that are not in `pairs` are left out; members of no sample are kept; an earlier pairs.json is replaced. Reads
-    up to the damage of a truncated tar, whose samples beyond it cannot be in `pairs`.
+    Samples that are not in `pairs` are left out; members of no sample are kept; an earlier pairs.json is replaced.
+    Reads up to the damage of a truncated tar, whose samples beyond it cannot be in `pairs`.
     """
     with (
         open_read(source) as input_file,
@@ -177,6 +177,5 @@ def print_summary(result: Mapping[str, Any]) -> None:
     for number, count in enumerate(histogram):
         if count:
             low = -1 + 2 * number / len(histogram)
-            print(
-                f"  similarity {low:+.2f}..{low + 2 / len(histogram):+.2f} {count:>8} {'█' * max(1, 40 * count // most)}"
-            )
+            bar = "█" * max(1, 40 * count // most)
+            print(f"  similarity {low:+.2f}..{low + 2 / len(histogram):+.2f} {count:>8} {bar}")

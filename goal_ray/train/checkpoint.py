@@ -44,7 +44,7 @@ def read_step(folder: Path) -> int:
 
 
 def save_checkpoint(run_dir: Path, engine: Any, loaded: LoadedModel, step: int) -> Path:
-    """Saves the training state after `step` steps; every rank must call it. The folder appears complete or not at all."""
+    """Saves the state after `step` steps; every rank must call it. The folder appears complete or not at all."""
     lead = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     weights: dict[str, torch.Tensor] = {}
     averages: dict[str, torch.Tensor] = {}

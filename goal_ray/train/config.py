@@ -15,7 +15,7 @@ from goal_ray.model import ModelConfig
 class DataConfig:
     """What is read, and how it becomes batches.
 
-    shards: folder, file, glob or brace pattern of tars; paired ones (from `goal-ray lism`) unless the loss is global only
+    shards: folder, file, glob or brace pattern of tars; paired (from `goal-ray lism`) unless the loss is global only
     pairs_per_image: local pairs per picture, the most similar first; 1 is the paper
     resize: how pictures become the model's square
     crop_mode: how region crops do
@@ -126,9 +126,7 @@ class TrainConfig:
         if "/" in self.name or self.name in ("", ".", ".."):
             raise ValueError("name is one folder name; set the path with storage_path")
         if "://" in self.storage_path:
-            raise ValueError(
-                "storage_path must be a mounted folder that every worker sees (object stores cannot be mounted by a URL)"
-            )
+            raise ValueError("storage_path must be a mounted folder that every worker sees; URLs are not supported")
 
     @property
     def global_batch(self) -> int:

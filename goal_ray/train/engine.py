@@ -20,7 +20,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, fused: bool) -> torch.optim.AdamW:
-    """AdamW with learning rate 0: the loop sets the rate before every step, and ZeRO-3's dry first step moves nothing."""
+    """AdamW at learning rate 0: the loop sets the rate before every step, and ZeRO-3's dry first step moves nothing."""
     groups = parameter_groups(model, config.weight_decay)
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=fused)
 

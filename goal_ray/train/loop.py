@@ -75,7 +75,7 @@ def train_worker(job: Job, rank: int, ranks: int, device: torch.device) -> None:
 
 
 def train_step(engine: Any, batch: GoalBatch, weights: tuple[float, ...]) -> torch.Tensor:
-    """One micro-batch forward, backward, and the optimizer's step when enough of them are in. Returns the terms (4,)."""
+    """One micro-batch forward and backward; an optimizer step when enough of them are in. Returns the terms (4,)."""
     terms_4 = engine(batch)
     engine.backward((terms_4 * terms_4.new_tensor(weights)).sum())
     engine.step()

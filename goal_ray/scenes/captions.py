@@ -1,0 +1,201 @@
+"""The words for a scene: a sentence per object, sentences about the scene as a whole, and who says what."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.random import Generator
+
+from goal_ray.scenes.layout import BACKGROUNDS, Scene, SceneObject
+
+SIZE_WORDS = {
+    "small": ("small", "little", "tiny"),
+    "medium": ("medium", "medium-sized", "mid-sized"),
+    "large": ("large", "big", "huge"),
+}
+PATTERN_WORDS = {
+    "solid": ("solid", "plain"),
+    "striped": ("striped", "stripy"),
+    "dotted": ("dotted", "spotted"),
+    "checkered": ("checkered", "chequered"),
+    "zigzag": ("zigzag", "zigzag-patterned"),
+    "gridded": ("gridded", "grid-patterned"),
+    "two-tone": ("two-tone", "half-and-half"),
+}
+PATTERN_ENDINGS = {
+    "solid": ("in one flat tone", "without any pattern"),
+    "striped": ("with stripes", "covered in stripes"),
+    "dotted": ("with dots", "covered in dots"),
+    "checkered": ("with a checkerboard pattern", "covered in checks"),
+    "zigzag": ("with zigzag lines", "covered in zigzags"),
+    "gridded": ("with a grid on it", "covered by a grid"),
+    "two-tone": ("with one half paler", "split into two tones"),
+}
+SHAPE_WORDS = {
+    "circle": ("circle", "disc"),
+    "square": ("square",),
+    "triangle": ("triangle",),
+    "star": ("star", "five-pointed star"),
+    "cross": ("cross", "plus sign"),
+    "ring": ("ring", "hoop"),
+    "hexagon": ("hexagon",),
+    "diamond": ("diamond", "rhombus"),
+    "heart": ("heart",),
+    "crescent": ("crescent", "crescent moon"),
+    "arrow": ("arrow",),
+    "drop": ("drop", "teardrop"),
+}
+PLACE_WORDS = {
+    "top left": ("at the top left", "in the upper left corner"),
+    "top centre": ("at the top centre", "in the upper middle"),
+    "top right": ("at the top right", "in the upper right corner"),
+    "centre left": ("at the centre left", "halfway down the left side"),
+    "centre": ("in the centre", "in the very middle"),
+    "centre right": ("at the centre right", "halfway down the right side"),
+    "bottom left": ("at the bottom left", "in the lower left corner"),
+    "bottom centre": ("at the bottom centre", "in the lower middle"),
+    "bottom right": ("at the bottom right", "in the lower right corner"),
+}
+NOUN_PHRASES = (
+    "{size} {colour} {pattern} {shape}",
+    "{size} {pattern} {colour} {shape}",
+    "{colour} {pattern} {shape} of {plain_size} size",
+    "{size} {colour} {shape} {ending}",
+    "{colour} {pattern} {shape}",
+    "{pattern} {colour} {shape}",
+)
+PLACED_TEMPLATES = (
+    "{thing} sits {place}.",
+    "{thing} can be seen {place}.",
+    "{thing} has been placed {place}.",
+    "{thing} rests {place} of the picture.",
+    "{thing} is what you find {place}.",
+    "{place} there is {thing}.",
+    "{place}, you can see {thing}.",
+    "{place} of the image lies {thing}.",
+    "the picture shows {thing} {place}.",
+    "look {place} for {thing}.",
+    "we notice {thing} {place}.",
+    "somebody has drawn {thing} {place}.",
+    "the {shape} {place} is {size}, {colour} and {pattern}.",
+    "the {shape} {place} is {colour} and {pattern}.",
+)
+UNPLACED_TEMPLATES = (
+    "{thing}.",
+    "this is {thing}.",
+    "here we see {thing}.",
+    "a picture of {thing}.",
+    "the {shape} is {colour} and {pattern}.",
+    "the {pattern} {shape} is {colour}.",
+)
+# In a crop nobody sees the place; half of the short captions leave it out.
+UNPLACED_SHARE = 0.5
+
+TEXTURE_WORDS = {
+    "plain": "plain",
+    "fading": "fading",
+    "cloudy": "cloudy",
+    "ruled": "finely ruled",
+    "tiled": "faintly tiled",
+    "grainy": "grainy",
+}
+BACKGROUND_TEMPLATES = (
+    "the background is {texture} and {colour}.",
+    "behind everything lies a {texture} surface in {colour}.",
+    "all of this is set on a {texture} {colour} ground.",
+    "a {texture} {colour} backdrop fills the rest.",
+)
+COUNT_TEMPLATES = (
+    "there {are} {count} {shapes} in total.",
+    "the picture holds {count} {shapes}.",
+    "altogether {count} {shapes} can be counted.",
+)
+MOODS = {
+    True: ("the mood is light and airy.", "everything looks bright and friendly."),
+    False: ("the mood is dark and calm.", "everything looks dim and quiet."),
+}
+LAYOUTS = {
+    "x": ("the left side holds more than the right.", "the right side holds more than the left."),
+    "y": ("more is going on above than below.", "more is going on below than above."),
+}
+BALANCED = ("left and right are well balanced.", "the arrangement is balanced from side to side.")
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One sentence of a caption: text[start:end], in characters, and the object it is about (None: the whole scene)."""
+
+    start: int
+    end: int
+    object: int | None
+
+
+def write_caption(scene: Scene, rng: Generator, short: bool) -> tuple[str, list[Sentence]]:
+    """The caption and its sentences in reading order. `short` leaves out what is about the scene as a whole."""
+    said: list[tuple[str, int | None]] = [
+        (object_sentence(thing, rng, short), index) for index, thing in enumerate(scene.objects)
+    ]
+    if not short:
+        said.extend((text, None) for text in scene_sentences(scene, rng))
+    said = [said[index] for index in rng.permutation(len(said))]
+    sentences, start = [], 0
+    for text, about in said:
+        sentences.append(Sentence(start, start + len(text), about))
+        start += len(text) + 1
+    return " ".join(text for text, _ in said), sentences
+
+
+def object_sentence(thing: SceneObject, rng: Generator, short: bool) -> str:
+    """One sentence about one object."""
+    words = {
+        "size": pick(rng, SIZE_WORDS[thing.size]),
+        "plain_size": thing.size,
+        "colour": thing.colour,
+        "pattern": pick(rng, PATTERN_WORDS[thing.pattern]),
+        "ending": pick(rng, PATTERN_ENDINGS[thing.pattern]),
+        "shape": pick(rng, SHAPE_WORDS[thing.shape]),
+        "place": pick(rng, PLACE_WORDS[thing.place]),
+    }
+    words["thing"] = with_article(pick(rng, NOUN_PHRASES).format(**words))
+    unplaced = short and rng.random() < UNPLACED_SHARE
+    return capitalised(pick(rng, UNPLACED_TEMPLATES if unplaced else PLACED_TEMPLATES).format(**words))
+
+
+def scene_sentences(scene: Scene, rng: Generator) -> list[str]:
+    """One to three sentences about the background, the number of objects, the mood and the layout."""
+    count = len(scene.objects)
+    bright = bool(np.mean(BACKGROUNDS[scene.background]) > 150)
+    candidates = [
+        pick(rng, BACKGROUND_TEMPLATES).format(texture=TEXTURE_WORDS[scene.texture], colour=scene.background),
+        pick(rng, COUNT_TEMPLATES).format(
+            count=NUMBERS[count], shapes="shape" if count == 1 else "shapes", are="is" if count == 1 else "are"
+        ),
+        pick(rng, MOODS[bright]),
+        layout_sentence(scene, rng),
+    ]
+    chosen = rng.permutation(len(candidates))[: rng.integers(1, 4)]
+    return [capitalised(candidates[index]) for index in chosen]
+
+
+def layout_sentence(scene: Scene, rng: Generator) -> str:
+    """Which side holds more objects, by their places; or that neither does."""
+    axis, before, after = [("x", "left", "right"), ("y", "top", "bottom")][int(rng.integers(2))]
+    lead = sum((before in thing.place) - (after in thing.place) for thing in scene.objects)
+    if lead == 0:
+        return pick(rng, BALANCED) if axis == "x" else "above and below hold equally much."
+    return LAYOUTS[axis][0 if lead > 0 else 1]
+
+
+def pick(rng: Generator, options: tuple[str, ...]) -> str:
+    """One of the options."""
+    return options[int(rng.integers(len(options)))]
+
+
+def with_article(phrase: str) -> str:
+    """"an orange ring", "a red ring"."""
+    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
+
+
+def capitalised(text: str) -> str:
+    """The first letter in upper case, the rest as it is."""
+    return text[0].upper() + text[1:]

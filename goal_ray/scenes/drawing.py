@@ -1,0 +1,184 @@
+"""Turns a `Scene` into pixels, and says where each object's pixels are.
+
+Masks are drawn at SUPERSAMPLE times the resolution and averaged down; colours are mixed at the final resolution, which
+is what makes it fast.
+"""
+
+import math
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
+
+from goal_ray.scenes.layout import BACKGROUNDS, COLOURS, Scene, SceneObject
+from goal_ray.scenes.shapes import outline
+
+SUPERSAMPLE = 4
+# Height of the full scene that a crop is thought to be cut from: a small object's crop is as soft as the real one's.
+CROPPED_SCENE_PX = 128
+MIN_CROP_PX = 20
+
+Box = tuple[float, float, float, float]
+Floats = NDArray[np.float32]
+
+
+def render(scene: Scene, rng: Generator) -> tuple[Image.Image, list[Box]]:
+    """The RGB picture and each object's tight box (x0, y0, x1, y1) in its pixels, from the mask that was drawn."""
+    canvas = render_background(scene, rng)
+    boxes = [paint(canvas, thing, rng) for thing in scene.objects]
+    width, height = scene.size_px
+    if scene.zoom != 1:
+        native = max(MIN_CROP_PX, round(CROPPED_SCENE_PX / scene.zoom))
+        if native < height:
+            canvas = soften(canvas, native / height)
+    canvas += rng.normal(0, 2.0, (height, width, 1)).astype(np.float32)
+    return Image.fromarray(to_bytes(canvas)), boxes
+
+
+def object_mask(thing: SceneObject) -> tuple[Image.Image, tuple[int, int]]:
+    """The object's mask at SUPERSAMPLE times the resolution (mode L, 0 or 255), and its top left corner in image px.
+
+    The patch measures whole image pixels and has an empty margin of at least one.
+    """
+    rings = [ring * thing.side_px + np.array(thing.centre_px) for ring in outline(thing.shape, thing.turn_rad)]
+    low = np.floor(rings[0].min(axis=0)).astype(int) - 1
+    high = np.ceil(rings[0].max(axis=0)).astype(int) + 1
+    width, height = ((high - low) * SUPERSAMPLE).tolist()
+    mask = Image.new("L", (width, height))
+    pen = ImageDraw.Draw(mask)
+    for ring, fill in zip(rings, (255, 0), strict=False):
+        # PIL paints every pixel whose centre lies on the outline or inside: half a pixel moves centres to corners.
+        pen.polygon([tuple(point) for point in ((ring - low) * SUPERSAMPLE - 0.5).tolist()], fill=fill)
+    return mask, (int(low[0]), int(low[1]))
+
+
+def paint(canvas: Floats, thing: SceneObject, rng: Generator) -> Box:
+    """Draws one object with a soft shadow onto canvas (H, W, 3), 0-255 float32, in place. Returns its tight box in px."""
+    mask, (left, top) = object_mask(thing)
+    edge = ImageChops.subtract(mask, mask.filter(ImageFilter.BoxBlur(0.028 * thing.side_px * SUPERSAMPLE)).point(EROSION))
+    second = Image.fromarray(pattern_field(thing, mask.size, rng).astype(np.uint8) * 255)
+    alpha = shares(mask)
+    edge_share = np.minimum(shares(edge), alpha)
+    second_share = np.minimum(shares(ImageChops.multiply(second, mask)), alpha - edge_share)
+
+    shadow = mask.reduce(SUPERSAMPLE).filter(ImageFilter.GaussianBlur(0.025 * thing.side_px + 0.6))
+    offset = max(1, round(0.03 * thing.side_px))
+    blend(canvas, np.asarray(shadow, np.float32)[..., None] / 255 * 0.3, np.zeros(3, np.float32), left + offset, top + offset)
+
+    main, other, dark = tones(thing.colour, rng)
+    height, width = alpha.shape
+    light = 1.06 - 0.12 * np.add.outer(np.linspace(0, 1, height), np.linspace(0, 1, width)).astype(np.float32) / 2
+    mixed = main * (alpha - edge_share - second_share)[..., None]
+    mixed += other * second_share[..., None] + dark * edge_share[..., None]
+    colour = mixed / np.maximum(alpha, 1e-6)[..., None] * light[..., None]
+    blend(canvas, alpha[..., None], colour, left, top)
+
+    columns, rows = np.asarray(mask).any(axis=0).nonzero()[0], np.asarray(mask).any(axis=1).nonzero()[0]
+    x0, x1 = left + columns[0] / SUPERSAMPLE, left + (columns[-1] + 1) / SUPERSAMPLE
+    y0, y1 = top + rows[0] / SUPERSAMPLE, top + (rows[-1] + 1) / SUPERSAMPLE
+    return float(x0), float(y0), float(x1), float(y1)
+
+
+# Of a blurred mask, only what is fully inside stays.
+EROSION = [0] * 254 + [255] * 2
+
+
+def shares(mask: Image.Image) -> Floats:
+    """Covered share of each final pixel, 0-1."""
+    return np.asarray(mask.reduce(SUPERSAMPLE), np.float32) / 255
+
+
+def blend(canvas: Floats, alpha: Floats, colour: Floats, left: int, top: int) -> None:
+    """canvas = canvas (1 - alpha) + colour alpha, for a patch at (left, top) of which only the part inside counts."""
+    height, width = alpha.shape[:2]
+    y0, y1 = max(0, top), min(canvas.shape[0], top + height)
+    x0, x1 = max(0, left), min(canvas.shape[1], left + width)
+    alpha = alpha[y0 - top : y1 - top, x0 - left : x1 - left]
+    if colour.ndim == 3:
+        colour = colour[y0 - top : y1 - top, x0 - left : x1 - left]
+    view = canvas[y0:y1, x0:x1]
+    view += (colour - view) * alpha
+
+
+def tones(colour: str, rng: Generator) -> tuple[Floats, Floats, Floats]:
+    """The object's main colour, the pattern's second colour and the rim's, each (3,) in 0-255.
+
+    The second colour is a tint or shade of the first, so that a pattern does not bring in another colour's name.
+    """
+    main = np.array(COLOURS[colour], np.float32) + rng.uniform(-8, 8, 3).astype(np.float32)
+    if colour in ("white", "yellow"):
+        return main, main * 0.6, main * 0.5
+    if colour == "black":
+        return main, main + 115, main * 0.5
+    return main, main + (255 - main) * 0.68, main * 0.55
+
+
+def pattern_field(thing: SceneObject, size: tuple[int, int], rng: Generator) -> NDArray[np.bool_]:
+    """Where the pattern's second colour goes, (H, W) of the mask, in a frame turned at random around its centre."""
+    turn = thing.turn_rad + rng.choice([0, 45, 90, 135]) / 180 * math.pi + rng.uniform(-0.2, 0.2)
+    phase_u, phase_v = rng.uniform(0, 1, 2)
+    width, height = size
+    unit = thing.side_px * SUPERSAMPLE
+    x = ((np.arange(width) - width / 2) / unit).astype(np.float32)[None, :]
+    y = ((np.arange(height) - height / 2) / unit).astype(np.float32)[:, None]
+    u, v = x * math.cos(turn) + y * math.sin(turn), y * math.cos(turn) - x * math.sin(turn)
+    match thing.pattern:
+        case "striped":
+            return (u / 0.26 + phase_u) % 1 < 0.45
+        case "dotted":
+            return ((u / 0.25 + phase_u) % 1 - 0.5) ** 2 + ((v / 0.25 + phase_v) % 1 - 0.5) ** 2 < 0.095
+        case "checkered":
+            return (np.floor(u / 0.19 + phase_u) + np.floor(v / 0.19 + phase_v)) % 2 == 0
+        case "zigzag":
+            return (v / 0.3 + 0.9 * np.abs((u / 0.34 + phase_u) % 1 - 0.5) + phase_v) % 1 < 0.45
+        case "gridded":
+            return ((u / 0.27 + phase_u) % 1 < 0.24) | ((v / 0.27 + phase_v) % 1 < 0.24)
+        case "two-tone":
+            return u > 0
+    return np.zeros((height, width), bool)
+
+
+def render_background(scene: Scene, rng: Generator) -> Floats:
+    """The background alone, (H, W, 3) float32, 0-255."""
+    width, height = scene.size_px
+    base = np.array(BACKGROUNDS[scene.background], np.float32) + rng.uniform(-5, 5, 3).astype(np.float32)
+    x = (np.arange(width, dtype=np.float32) / height)[None, :] / scene.zoom + rng.uniform(0, 1)
+    y = (np.arange(height, dtype=np.float32) / height)[:, None] / scene.zoom + rng.uniform(0, 1)
+    field = texture_field(scene.texture, x, y, rng)
+    # Paper-like shading from corner to corner keeps even a plain background from being one flat number.
+    field = field + 3 * (x + y - x.mean() - y.mean())
+    return base + np.broadcast_to(field, (height, width)).astype(np.float32)[..., None] * np.ones(3, np.float32)
+
+
+def texture_field(texture: str, x: Floats, y: Floats, rng: Generator) -> NDArray[np.floating]:
+    """Brightness to add, broadcastable to (H, W), for coordinates x (1, W) and y (H, 1) in heights of a full scene."""
+    match texture:
+        case "fading":
+            angle = rng.uniform(0, 2 * math.pi)
+            slope = math.cos(angle) * (x - x.mean()) + math.sin(angle) * (y - y.mean())
+            return 46 * slope
+        case "cloudy":
+            waves = [rng.normal(0, 5.5, 2) for _ in range(5)]
+            return sum(6.5 * np.sin(fx * x + fy * y + rng.uniform(0, 6)) for fx, fy in waves)  # type: ignore[return-value]
+        case "ruled":
+            lines = y if rng.random() < 0.5 else x
+            return np.where((lines / 0.085) % 1 < 0.14, -17.0, 3.0)
+        case "tiled":
+            return np.where((np.floor(x / 0.125) + np.floor(y / 0.125)) % 2 == 0, 6.0, -6.0)
+        case "grainy":
+            return rng.normal(0, 9, (y.shape[0], x.shape[1]))
+    return np.zeros((1, 1), np.float32)
+
+
+def soften(canvas: Floats, scale: float) -> Floats:
+    """The picture as it looks when only `scale` of its resolution was there."""
+    height, width = canvas.shape[:2]
+    small = (max(1, round(width * scale)), max(1, round(height * scale)))
+    picture = Image.fromarray(to_bytes(canvas)).resize(small, Image.Resampling.BOX)
+    return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC), np.float32).copy()
+
+
+def to_bytes(canvas: Floats) -> NDArray[np.uint8]:
+    """Rounded to 0-255."""
+    return np.clip(canvas + 0.5, 0, 255).astype(np.uint8)

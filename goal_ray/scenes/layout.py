@@ -1,0 +1,168 @@
+"""What is in a scene and where: everything is decided here; `drawing` and `captions` only render it."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.random import Generator
+
+from goal_ray.scenes.shapes import SHAPES, outline
+
+Rgb = tuple[int, int, int]
+
+COLOURS: dict[str, Rgb] = {
+    "red": (214, 45, 49),
+    "orange": (240, 134, 32),
+    "yellow": (247, 209, 45),
+    "green": (52, 156, 70),
+    "turquoise": (40, 190, 188),
+    "blue": (42, 92, 208),
+    "purple": (128, 62, 176),
+    "pink": (241, 120, 176),
+    "brown": (124, 76, 42),
+    "white": (248, 247, 243),
+    "black": (30, 30, 34),
+}
+PATTERNS = ("solid", "striped", "dotted", "checkered", "zigzag", "gridded", "two-tone")
+BACKGROUNDS: dict[str, Rgb] = {
+    "cream": (243, 233, 208),
+    "sand": (217, 192, 150),
+    "mint": (190, 224, 203),
+    "lavender": (206, 199, 231),
+    "sky blue": (186, 214, 236),
+    "rose": (238, 207, 209),
+    "silver": (200, 204, 208),
+    "olive": (114, 118, 72),
+    "slate": (96, 108, 122),
+    "charcoal": (60, 62, 68),
+    "navy": (34, 46, 82),
+}
+TEXTURES = ("plain", "fading", "cloudy", "ruled", "tiled", "grainy")
+ROWS = ("top", "centre", "bottom")
+COLUMNS = ("left", "centre", "right")
+
+# Side of a square as large as the object's bounding box, in image heights. The gaps keep the words truthful.
+SIDES = {"small": (0.165, 0.205), "medium": (0.26, 0.32), "large": (0.40, 0.48)}
+CROP_FILL = (0.42, 0.94)
+MAX_OBJECTS = 9
+MIN_CONTRAST = 100.0
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One object: its words, and its geometry in px of the image. `side_px` is the root of the bounding box's area."""
+
+    shape: str
+    colour: str
+    pattern: str
+    size: str
+    place: str
+    centre_px: tuple[float, float]
+    side_px: float
+    turn_rad: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture to be. `zoom` tells a crop: how much larger than in its full scene things appear (1: a full scene)."""
+
+    size_px: tuple[int, int]
+    background: str
+    texture: str
+    objects: tuple[SceneObject, ...]
+    zoom: float = 1.0
+
+
+def place_name(row: int, column: int) -> str:
+    """The word for a cell of the 3×3 grid: "top left" … "centre" … "bottom right"."""
+    return "centre" if row == column == 1 else f"{ROWS[row]} {COLUMNS[column]}"
+
+
+def full_scene(rng: Generator, height_px: int, count: int) -> Scene:
+    """Several objects, each in a cell of its own of the 3×3 grid, hardly overlapping, no two alike."""
+    width_px = round(height_px * rng.uniform(1.0, 1.25))
+    background, texture = str(rng.choice(list(BACKGROUNDS))), str(rng.choice(TEXTURES))
+    looks = draw_looks(rng, background, count)
+    turns = [draw_turn(rng, shape) for shape, _, _ in looks]
+    extents = [np.ptp(outline(shape, turn)[0], axis=0) for (shape, _, _), turn in zip(looks, turns, strict=True)]
+    sizes, cells, sides, centres = arrange(rng, extents, width_px, height_px)
+    objects = tuple(
+        SceneObject(*look, size, place_name(*divmod(cell, 3)), centre, side, turn)
+        for look, size, cell, centre, side, turn in zip(looks, sizes, cells, centres, sides, turns, strict=True)
+    )
+    return Scene((width_px, height_px), background, texture, objects)
+
+
+def crop_scene(rng: Generator, height_px: int) -> Scene:
+    """A single object as a region crop shows it. `size` and `place` are those in the full scene it is cut from."""
+    width_px = round(height_px * rng.uniform(1.0, 1.25))
+    background, texture = str(rng.choice(list(BACKGROUNDS))), str(rng.choice(TEXTURES))
+    look = draw_looks(rng, background, 1)[0]
+    turn = draw_turn(rng, look[0])
+    extent = np.ptp(outline(look[0], turn)[0], axis=0)
+    room = np.array([width_px, height_px]) - 2.0
+    side = min(math.sqrt(rng.uniform(*CROP_FILL) * width_px * height_px), *(room / extent).tolist())
+    slack = (room - side * extent) / 2
+    x, y = np.array([width_px, height_px]) / 2 + rng.uniform(-1, 1, 2) * slack
+    size = str(rng.choice(list(SIDES)))
+    zoom = side / (height_px * rng.uniform(*SIDES[size]))
+    place = place_name(*(int(index) for index in rng.integers(3, size=2)))
+    thing = SceneObject(*look, size, place, (float(x), float(y)), side, turn)
+    return Scene((width_px, height_px), background, texture, (thing,), zoom)
+
+
+def draw_looks(rng: Generator, background: str, count: int) -> list[tuple[str, str, str]]:
+    """(shape, colour, pattern) of each object: visible on the background, and any two differ in at least two of them."""
+    behind = np.array(BACKGROUNDS[background])
+    colours = [name for name, rgb in COLOURS.items() if np.linalg.norm(np.array(rgb) - behind) > MIN_CONTRAST]
+    looks: list[tuple[str, str, str]] = []
+    while len(looks) < count:
+        look = (str(rng.choice(list(SHAPES))), str(rng.choice(colours)), str(rng.choice(PATTERNS)))
+        if all(sum(a == b for a, b in zip(look, other, strict=True)) <= 1 for other in looks):
+            looks.append(look)
+    return looks
+
+
+def draw_turn(rng: Generator, shape: str) -> float:
+    """A turn in radians that keeps the shape recognisable."""
+    return math.radians(rng.uniform(-1, 1) * SHAPES[shape][1])
+
+
+def arrange(
+    rng: Generator, extents: list[np.ndarray], width_px: int, height_px: int
+) -> tuple[list[str], list[int], list[float], list[tuple[float, float]]]:
+    """Sizes, cells (row * 3 + column), sides and centres (px) of boxes that stay inside and hardly overlap.
+
+    extents  per object, width and height of the outline's box at side 1
+    Starts afresh until everything fits; the more objects, the smaller they are, so that it soon does.
+    """
+    count = len(extents)
+    weights = np.array([count, 5, max(0, 8 - count)]) / (count + 5 + max(0, 8 - count))
+    cell_px = np.array([width_px, height_px]) / 3
+    while True:
+        sizes = [str(name) for name in rng.choice(list(SIDES), size=count, p=weights)]
+        cells = [int(cell) for cell in rng.permutation(9)[:count]]
+        sides = [float(rng.uniform(*SIDES[name]) * height_px) for name in sizes]
+        boxes: list[np.ndarray] = []
+        for cell, side, extent in zip(cells, sides, extents, strict=True):
+            corner = np.array([cell % 3, cell // 3]) * cell_px
+            half = extent * side / 2
+            low = np.maximum(corner + 0.06 * cell_px, half + 1)
+            high = np.minimum(corner + 0.94 * cell_px, [width_px - 1, height_px - 1] - half)
+            if (low >= high).any():
+                break
+            tries = (np.concatenate([centre - half, centre + half]) for centre in rng.uniform(low, high, (8, 2)))
+            box = next((box for box in tries if all(overlap(box, other) < 0.03 for other in boxes)), None)
+            if box is None:
+                break
+            boxes.append(box)
+        else:
+            centres = [(float(box[0] + box[2]) / 2, float(box[1] + box[3]) / 2) for box in boxes]
+            return sizes, cells, sides, centres
+
+
+def overlap(first: np.ndarray, second: np.ndarray) -> float:
+    """Shared area of two boxes (x0, y0, x1, y1) as a share of the smaller one."""
+    shared = np.minimum(first[2:], second[2:]) - np.maximum(first[:2], second[:2])
+    smaller = min(np.prod(first[2:] - first[:2]), np.prod(second[2:] - second[:2]))
+    return float(np.prod(np.maximum(shared, 0)) / smaller)
