@@ -47,9 +47,24 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequenc
 def build_config(cls: type[T], tree: dict[str, Any], source: str) -> T:
     """Builds `cls` from a tree of plain values. Raises ConfigError as `load_config` does."""
     try:
-        return TypeAdapter(cls).validate_python(tree)
+        return TypeAdapter(cls).validate_python(with_default_tags(cls, tree))
     except ValidationError as error:
         raise ConfigError(f"{source}:\n" + "\n".join(explain(cls, item) for item in error.errors())) from None
+
+
+def with_default_tags(cls: Any, tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree, with the default's `name` put into every tagged section that does not name its kind."""
+    filled = dict(tree)
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        section, options = tree.get(field.name), dataclass_options(hints[field.name])
+        if not isinstance(section, dict):
+            continue
+        if len(options) == 1:
+            filled[field.name] = with_default_tags(options[0], section)
+        elif options and field.default_factory is not dataclasses.MISSING:
+            filled[field.name] = {"name": field.default_factory().name, **section}
+    return filled
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

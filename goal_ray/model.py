@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import open_clip
@@ -219,9 +220,11 @@ def load_model(config: ModelConfig, seed: int = 0) -> LoadedModel:
                 name = _architecture_name(config.name)
                 model_cfg = open_clip.get_model_config(name)
                 clip = open_clip.create_model(name, pretrained=config.weights)
+        except UnpicklingError as error:
+            raise ModelError(f"{config.weights}: refused, since it holds more than tensors: {error}") from None
         except (RuntimeError, OSError, ValueError, KeyError) as error:
             raise ModelError(f"cannot load model {config.name!r} (weights {config.weights!r}): {error}") from error
-    image_tower(clip)
+    image_tower(clip), text_tower(clip)  # refuses towers that GOAL cannot read
     if config.context_length is not None:
         stretch_text(clip, config.context_length)
     model_cfg["text_cfg"]["context_length"] = text_tower(clip).positional_embedding.shape[0]

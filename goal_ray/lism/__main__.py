@@ -11,7 +11,7 @@ from goal_ray.lism.run import run_lism
 DESCRIPTION = """Match each sentence of every caption to a region of its picture (LISM).
 
 IN is a folder, file, glob or brace pattern of WebDataset tars with KEY.jpg|jpeg|png|webp and KEY.txt. OUT gets one tar
-of the same name for each, its members unchanged plus KEY.pairs.json. A sample that cannot be used goes to the
+of the same name for each, its members unchanged plus KEY.pairs.json. A sample that cannot be used goes to
 OUT/quarantine with the reason. Run the same command again after an interruption: only what is missing is done."""
 
 

@@ -192,7 +192,7 @@ def pick(rng: Generator, options: tuple[str, ...]) -> str:
 
 
 def with_article(phrase: str) -> str:
-    """"an orange ring", "a red ring"."""
+    """ "an orange ring", "a red ring"."""
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 

@@ -5,13 +5,14 @@ is what makes it fast.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from goal_ray.scenes.layout import BACKGROUNDS, COLOURS, Scene, SceneObject
+from goal_ray.scenes.layout import BACKGROUNDS, COLOURS, Box, Scene, SceneObject
 from goal_ray.scenes.shapes import outline
 
 SUPERSAMPLE = 4
@@ -19,8 +20,7 @@ SUPERSAMPLE = 4
 CROPPED_SCENE_PX = 128
 MIN_CROP_PX = 20
 
-Box = tuple[float, float, float, float]
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating[Any]]
 
 
 def render(scene: Scene, rng: Generator) -> tuple[Image.Image, list[Box]]:
@@ -54,9 +54,11 @@ def object_mask(thing: SceneObject) -> tuple[Image.Image, tuple[int, int]]:
 
 
 def paint(canvas: Floats, thing: SceneObject, rng: Generator) -> Box:
-    """Draws one object with a soft shadow onto canvas (H, W, 3), 0-255 float32, in place. Returns its tight box in px."""
+    """Draws one object with a soft shadow onto canvas (H, W, 3), 0-255, in place. Returns its tight box in px."""
     mask, (left, top) = object_mask(thing)
-    edge = ImageChops.subtract(mask, mask.filter(ImageFilter.BoxBlur(0.028 * thing.side_px * SUPERSAMPLE)).point(EROSION))
+    edge = ImageChops.subtract(
+        mask, mask.filter(ImageFilter.BoxBlur(0.028 * thing.side_px * SUPERSAMPLE)).point(EROSION)
+    )
     second = Image.fromarray(pattern_field(thing, mask.size, rng).astype(np.uint8) * 255)
     alpha = shares(mask)
     edge_share = np.minimum(shares(edge), alpha)
@@ -64,7 +66,13 @@ def paint(canvas: Floats, thing: SceneObject, rng: Generator) -> Box:
 
     shadow = mask.reduce(SUPERSAMPLE).filter(ImageFilter.GaussianBlur(0.025 * thing.side_px + 0.6))
     offset = max(1, round(0.03 * thing.side_px))
-    blend(canvas, np.asarray(shadow, np.float32)[..., None] / 255 * 0.3, np.zeros(3, np.float32), left + offset, top + offset)
+    blend(
+        canvas,
+        np.asarray(shadow, np.float32)[..., None] / 255 * 0.3,
+        np.zeros(3, np.float32),
+        left + offset,
+        top + offset,
+    )
 
     main, other, dark = tones(thing.colour, rng)
     height, width = alpha.shape
@@ -74,7 +82,8 @@ def paint(canvas: Floats, thing: SceneObject, rng: Generator) -> Box:
     colour = mixed / np.maximum(alpha, 1e-6)[..., None] * light[..., None]
     blend(canvas, alpha[..., None], colour, left, top)
 
-    columns, rows = np.asarray(mask).any(axis=0).nonzero()[0], np.asarray(mask).any(axis=1).nonzero()[0]
+    columns = np.flatnonzero(np.asarray(mask).max(axis=0))
+    rows = np.flatnonzero(np.asarray(mask).max(axis=1))
     x0, x1 = left + columns[0] / SUPERSAMPLE, left + (columns[-1] + 1) / SUPERSAMPLE
     y0, y1 = top + rows[0] / SUPERSAMPLE, top + (rows[-1] + 1) / SUPERSAMPLE
     return float(x0), float(y0), float(x1), float(y1)
@@ -151,7 +160,7 @@ def render_background(scene: Scene, rng: Generator) -> Floats:
     return base + np.broadcast_to(field, (height, width)).astype(np.float32)[..., None] * np.ones(3, np.float32)
 
 
-def texture_field(texture: str, x: Floats, y: Floats, rng: Generator) -> NDArray[np.floating]:
+def texture_field(texture: str, x: Floats, y: Floats, rng: Generator) -> Floats:
     """Brightness to add, broadcastable to (H, W), for coordinates x (1, W) and y (H, 1) in heights of a full scene."""
     match texture:
         case "fading":
@@ -160,7 +169,7 @@ def texture_field(texture: str, x: Floats, y: Floats, rng: Generator) -> NDArray
             return 46 * slope
         case "cloudy":
             waves = [rng.normal(0, 5.5, 2) for _ in range(5)]
-            return sum(6.5 * np.sin(fx * x + fy * y + rng.uniform(0, 6)) for fx, fy in waves)  # type: ignore[return-value]
+            return sum(6.5 * np.sin(fx * x + fy * y + rng.uniform(0, 6)) for fx, fy in waves)
         case "ruled":
             lines = y if rng.random() < 0.5 else x
             return np.where((lines / 0.085) % 1 < 0.14, -17.0, 3.0)

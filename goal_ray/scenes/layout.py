@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.random import Generator
@@ -9,6 +10,7 @@ from numpy.random import Generator
 from goal_ray.scenes.shapes import SHAPES, outline
 
 Rgb = tuple[int, int, int]
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in px of the image
 
 COLOURS: dict[str, Rgb] = {
     "red": (214, 45, 49),
@@ -64,13 +66,22 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture to be. `zoom` tells a crop: how much larger than in its full scene things appear (1: a full scene)."""
+    """One picture to be. `zoom`: how much larger than in its full scene a crop shows things; 1 is a full scene."""
 
     size_px: tuple[int, int]
     background: str
     texture: str
     objects: tuple[SceneObject, ...]
     zoom: float = 1.0
+
+
+class Spot(NamedTuple):
+    """Room for one object: its size word, its cell of the 3×3 grid (row * 3 + column), and the geometry in px."""
+
+    size: str
+    cell: int
+    side_px: float
+    centre_px: tuple[float, float]
 
 
 def place_name(row: int, column: int) -> str:
@@ -85,10 +96,9 @@ def full_scene(rng: Generator, height_px: int, count: int) -> Scene:
     looks = draw_looks(rng, background, count)
     turns = [draw_turn(rng, shape) for shape, _, _ in looks]
     extents = [np.ptp(outline(shape, turn)[0], axis=0) for (shape, _, _), turn in zip(looks, turns, strict=True)]
-    sizes, cells, sides, centres = arrange(rng, extents, width_px, height_px)
     objects = tuple(
-        SceneObject(*look, size, place_name(*divmod(cell, 3)), centre, side, turn)
-        for look, size, cell, centre, side, turn in zip(looks, sizes, cells, centres, sides, turns, strict=True)
+        SceneObject(*look, spot.size, place_name(*divmod(spot.cell, 3)), spot.centre_px, spot.side_px, turn)
+        for look, turn, spot in zip(looks, turns, arrange(rng, extents, width_px, height_px), strict=True)
     )
     return Scene((width_px, height_px), background, texture, objects)
 
@@ -112,7 +122,7 @@ def crop_scene(rng: Generator, height_px: int) -> Scene:
 
 
 def draw_looks(rng: Generator, background: str, count: int) -> list[tuple[str, str, str]]:
-    """(shape, colour, pattern) of each object: visible on the background, and any two differ in at least two of them."""
+    """(shape, colour, pattern) of each object: visible on the background, any two differ in at least two of them."""
     behind = np.array(BACKGROUNDS[background])
     colours = [name for name, rgb in COLOURS.items() if np.linalg.norm(np.array(rgb) - behind) > MIN_CONTRAST]
     looks: list[tuple[str, str, str]] = []
@@ -128,41 +138,42 @@ def draw_turn(rng: Generator, shape: str) -> float:
     return math.radians(rng.uniform(-1, 1) * SHAPES[shape][1])
 
 
-def arrange(
-    rng: Generator, extents: list[np.ndarray], width_px: int, height_px: int
-) -> tuple[list[str], list[int], list[float], list[tuple[float, float]]]:
-    """Sizes, cells (row * 3 + column), sides and centres (px) of boxes that stay inside and hardly overlap.
+def arrange(rng: Generator, extents: list[np.ndarray], width_px: int, height_px: int) -> list[Spot]:
+    """Spots whose boxes stay inside the image and hardly overlap, one per object.
 
     extents  per object, width and height of the outline's box at side 1
     Starts afresh until everything fits; the more objects, the smaller they are, so that it soon does.
     """
     count = len(extents)
-    weights = np.array([count, 5, max(0, 8 - count)]) / (count + 5 + max(0, 8 - count))
+    weights = np.array([count, 5, max(0, 8 - count)], float)
     cell_px = np.array([width_px, height_px]) / 3
     while True:
-        sizes = [str(name) for name in rng.choice(list(SIDES), size=count, p=weights)]
-        cells = [int(cell) for cell in rng.permutation(9)[:count]]
-        sides = [float(rng.uniform(*SIDES[name]) * height_px) for name in sizes]
-        boxes: list[np.ndarray] = []
-        for cell, side, extent in zip(cells, sides, extents, strict=True):
+        sizes = [str(name) for name in rng.choice(list(SIDES), size=count, p=weights / weights.sum())]
+        spots: list[Spot] = []
+        boxes: list[Box] = []
+        for size, cell, extent in zip(sizes, rng.permutation(9)[:count].tolist(), extents, strict=True):
+            side = float(rng.uniform(*SIDES[size]) * height_px)
             corner = np.array([cell % 3, cell // 3]) * cell_px
             half = extent * side / 2
             low = np.maximum(corner + 0.06 * cell_px, half + 1)
             high = np.minimum(corner + 0.94 * cell_px, [width_px - 1, height_px - 1] - half)
             if (low >= high).any():
                 break
-            tries = (np.concatenate([centre - half, centre + half]) for centre in rng.uniform(low, high, (8, 2)))
-            box = next((box for box in tries if all(overlap(box, other) < 0.03 for other in boxes)), None)
-            if box is None:
+            half_x, half_y = half.tolist()
+            for x, y in rng.uniform(low, high, (8, 2)).tolist():
+                box = (x - half_x, y - half_y, x + half_x, y + half_y)
+                if all(overlap(box, other) < 0.03 for other in boxes):
+                    boxes.append(box)
+                    spots.append(Spot(size, cell, side, (x, y)))
+                    break
+            else:
                 break
-            boxes.append(box)
-        else:
-            centres = [(float(box[0] + box[2]) / 2, float(box[1] + box[3]) / 2) for box in boxes]
-            return sizes, cells, sides, centres
+        if len(spots) == count:
+            return spots
 
 
-def overlap(first: np.ndarray, second: np.ndarray) -> float:
-    """Shared area of two boxes (x0, y0, x1, y1) as a share of the smaller one."""
-    shared = np.minimum(first[2:], second[2:]) - np.maximum(first[:2], second[:2])
-    smaller = min(np.prod(first[2:] - first[:2]), np.prod(second[2:] - second[:2]))
-    return float(np.prod(np.maximum(shared, 0)) / smaller)
+def overlap(first: Box, second: Box) -> float:
+    """Shared area of two boxes as a share of the smaller one."""
+    (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = first, second
+    shared = max(0.0, min(ax1, bx1) - max(ax0, bx0)) * max(0.0, min(ay1, by1) - max(ay0, by0))
+    return shared / min((ax1 - ax0) * (ay1 - ay0), (bx1 - bx0) * (by1 - by0))

@@ -1,0 +1,140 @@
+"""Procedural scenes: pictures of textured shapes with long captions and known truth, as WebDataset tars.
+
+Every sample is `KEY.png`, `KEY.txt` and `KEY.json`, the truth:
+`{"seed", "index", "size": [W, H], "background": {"colour", "texture"},
+  "objects": [{"box": [x0, y0, x1, y1] (px), "shape", "colour", "pattern", "size", "place"}],
+  "sentences": [{"start", "end" (characters of KEY.txt), "object": index or null}]}`.
+For a scene drawn as a crop, `size` and `place` are those in the full scene that it is thought to be cut from.
+"""
+
+import dataclasses
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter
+from tqdm import tqdm
+
+from goal_ray.config import strict
+from goal_ray.errors import ConfigError, StageError
+from goal_ray.scenes.captions import write_caption
+from goal_ray.scenes.drawing import render
+from goal_ray.scenes.layout import MAX_OBJECTS, crop_scene, full_scene
+from goal_ray.shards import write_tar
+from goal_ray.storage import exists, join, list_names, read_bytes, write_bytes
+
+SETTINGS_FILE = "scenes.json"
+# Raise it when the same seed no longer gives the same bytes.
+VERSION = 1
+
+
+@strict
+@dataclass(frozen=True)
+class SceneSettings:
+    """How scenes look and how they are stored.
+
+    shard_size: scenes per tar
+    size: picture height in pixels; the width varies from 1 to 1.25 times that
+    min_objects: fewest objects in a scene
+    max_objects: most objects in a scene, at most 9
+    short: captions speak of the objects only; a scene of one object is then drawn as a region crop shows it
+    """
+
+    shard_size: int = 250
+    size: int = 128
+    min_objects: int = 4
+    max_objects: int = 6
+    short: bool = False
+
+    def __post_init__(self) -> None:
+        if self.shard_size < 1:
+            raise ValueError("shard_size must be at least 1")
+        if not 32 <= self.size <= 4096:
+            raise ValueError("size must be between 32 and 4096 pixels")
+        if not 1 <= self.min_objects <= self.max_objects <= MAX_OBJECTS:
+            raise ValueError(f"objects: 1 <= min_objects <= max_objects <= {MAX_OBJECTS} must hold")
+
+
+def draw_scenes(out: str | Path, count: int, seed: int, settings: SceneSettings | None = None) -> list[str]:
+    """Draws `count` scenes into tars `scenes-000000.tar`, … in the folder `out`, which may be remote. Returns the tars.
+
+    Same arguments, same bytes; scene i does not depend on `count`. Tars that are there already are kept. Raises
+    ConfigError for a bad count or seed, StageError where `out` is no folder or holds other scenes.
+    """
+    settings = settings or SceneSettings()
+    if count < 1:
+        raise ConfigError(f"count must be at least 1 (got {count})")
+    if seed < 0:
+        raise ConfigError(f"seed must not be negative (got {seed})")
+    folder = str(out)
+    claim_folder(folder, {"version": VERSION, "count": count, "seed": seed, **dataclasses.asdict(settings)})
+    tars = []
+    with tqdm(total=count, unit="scene", desc="drawing", disable=None) as progress:
+        for number, start in enumerate(range(0, count, settings.shard_size)):
+            indices = range(start, min(count, start + settings.shard_size))
+            tar = join(folder, f"scenes-{number:06d}.tar")
+            if not exists(tar):
+                write_tar(tar, (draw_scene(seed, index, settings) for index in indices))
+            progress.update(len(indices))
+            tars.append(tar)
+    return tars
+
+
+def claim_folder(folder: str, wanted: dict[str, Any]) -> None:
+    """Records the settings in the folder before the first tar, so that an interrupted run is not mixed with another."""
+    path = join(folder, SETTINGS_FILE)
+    try:
+        if not exists(path):
+            if any(name.startswith("scenes-") and name.endswith(".tar") for name in list_names(folder)):
+                raise StageError(
+                    f"{folder}: holds scenes but no {SETTINGS_FILE} that tells their settings; use another OUT"
+                )
+            write_bytes(path, json.dumps(wanted, indent=1).encode())
+            return
+        found = TypeAdapter(dict[str, Any]).validate_json(read_bytes(path))
+    except ValueError as error:
+        raise StageError(
+            f"{path}: not the settings of scenes ({error}); delete the folder or use another OUT"
+        ) from None
+    except OSError as error:
+        raise StageError(f"{folder}: cannot be used as a folder for scenes: {error}; use another OUT") from None
+    if found != wanted:
+        changed = [f"{key} {found.get(key)} (now {value})" for key, value in wanted.items() if found.get(key) != value]
+        raise StageError(
+            f"{folder}: holds scenes drawn with {', '.join(changed)}; delete the folder or use another OUT"
+        )
+
+
+def draw_scene(seed: int, index: int, settings: SceneSettings) -> tuple[str, dict[str, bytes]]:
+    """One scene as a sample: its key, and extension -> bytes."""
+    rng = np.random.default_rng([seed, index])
+    count = int(rng.integers(settings.min_objects, settings.max_objects + 1))
+    cropped = settings.short and count == 1
+    scene = crop_scene(rng, settings.size) if cropped else full_scene(rng, settings.size, count)
+    caption, sentences = write_caption(scene, rng, settings.short)
+    image, boxes = render(scene, rng)
+    png = io.BytesIO()
+    image.save(png, "PNG", compress_level=1)
+    truth = {
+        "seed": seed,
+        "index": index,
+        "size": list(scene.size_px),
+        "background": {"colour": scene.background, "texture": scene.texture},
+        "objects": [
+            {
+                "box": list(box),
+                "shape": thing.shape,
+                "colour": thing.colour,
+                "pattern": thing.pattern,
+                "size": thing.size,
+                "place": thing.place,
+            }
+            for thing, box in zip(scene.objects, boxes, strict=True)
+        ],
+        "sentences": [dataclasses.asdict(sentence) for sentence in sentences],
+    }
+    members = {"png": png.getvalue(), "txt": caption.encode(), "json": json.dumps(truth).encode()}
+    return f"scene-{index:06d}", members

@@ -1,0 +1,43 @@
+"""Fixtures shared by all tests: tiny real models, and one private Ray cluster for the whole session."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# One thread per process: the suite's processes share few cores, and small tensors gain nothing from more.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+TINY_CLIP = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 48, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The path of an open_clip architecture that runs in milliseconds."""
+    path = tmp_path_factory.mktemp("model") / "tiny_clip.json"
+    path.write_text(json.dumps(TINY_CLIP))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """A local Ray cluster with room for two workers and data tasks."""
+    from goal_ray.ray_session import ray_session
+
+    with ray_session(busy_cpus=4):
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder with real captions and weights for tests, named by GOAL_RAY_SHARED; tests that need it are skipped without."""
+    folder = os.environ.get("GOAL_RAY_SHARED")
+    if not folder:
+        pytest.skip("GOAL_RAY_SHARED names no folder with test data")
+    return Path(folder)

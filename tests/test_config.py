@@ -1,0 +1,123 @@
+"""Configs are typed; anything unknown or impossible is refused, naming the key."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field
+
+from goal_ray.config import build_config, describe, load_config, strict, to_tree, to_yaml
+from goal_ray.errors import ConfigError
+from goal_ray.lism.config import LismConfig
+from goal_ray.train.config import TrainConfig
+
+
+@strict
+@dataclass(frozen=True)
+class Apple:
+    """An apple.
+
+    sweetness: from 0 to 1
+    """
+
+    name: Literal["apple"] = "apple"
+    sweetness: float = 0.5
+
+
+@strict
+@dataclass(frozen=True)
+class Pear:
+    """A pear."""
+
+    name: Literal["pear"] = "pear"
+    stem_mm: int = 3
+
+    def __post_init__(self) -> None:
+        if self.stem_mm < 0:
+            raise ValueError("stem_mm must not be negative")
+
+
+@strict
+@dataclass(frozen=True)
+class Basket:
+    """A basket.
+
+    fruit: what is in it
+    lid: whether it closes
+    size: width and height,
+        in cm
+    """
+
+    fruit: Annotated[Apple | Pear, Field(discriminator="name")] = field(default_factory=Apple)
+    lid: Literal["open", "shut"] = "open"
+    size: tuple[int, int] = (10, 20)
+
+
+def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path):
+    path = tmp_path / "basket.yaml"
+    path.write_text("fruit: {name: pear, stem_mm: 5}\nlid: shut\n")
+    basket = load_config(Basket, path, ["fruit.stem_mm=7", "size=[1, 2]"])
+    assert basket == Basket(Pear(stem_mm=7), "shut", (1, 2))
+
+
+def test_yamls_exponents_without_a_dot_are_numbers():
+    assert load_config(Basket, overrides=["fruit.name=apple", "fruit.sweetness=5e-6"]).fruit.sweetness == 5e-6
+
+
+def test_a_tagged_section_keeps_its_default_tag():
+    assert load_config(Basket, overrides=["fruit.sweetness=1"]).fruit == Apple(sweetness=1)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("colour=red", ["colour", "unknown key", "fruit, lid, size"]),
+        ("fruit.stem_mm=3", ["fruit", "stem_mm", "unknown key", "sweetness"]),
+        ("lid=ajar", ["lid", "'open' or 'shut'", "ajar"]),
+        ("fruit.name=plum", ["fruit", "plum", "'apple'", "'pear'"]),
+        ("size=[1, two]", ["size.1", "integer"]),
+        ("lid", ["section.key=value"]),
+    ],
+)
+def test_a_wrong_override_is_refused_naming_key_and_choices(override, words):
+    with pytest.raises(ConfigError) as caught:
+        load_config(Basket, overrides=[override])
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_an_impossible_value_is_refused_with_the_classs_own_words():
+    with pytest.raises(ConfigError, match="stem_mm must not be negative"):
+        load_config(Basket, overrides=["fruit.name=pear", "fruit.stem_mm=-1"])
+
+
+@pytest.mark.parametrize(("text", "error"), [("a: [", "YAML"), ("- 1", "mapping"), (None, "no such config file")])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, text, error):
+    path = tmp_path / "x.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=error):
+        load_config(Basket, path)
+
+
+def test_a_stored_config_loads_back_equal(tmp_path):
+    basket = Basket(Pear(stem_mm=9), "shut", (3, 4))
+    path = tmp_path / "x.yaml"
+    path.write_text(to_yaml(basket))
+    assert load_config(Basket, path) == basket
+    assert build_config(Basket, to_tree(basket), "tree") == basket
+
+
+def test_help_names_every_key_with_default_and_meaning():
+    text = describe(Basket)
+    for words in ("fruit.sweetness = 0.5", "from 0 to 1", "A pear.", "lid = open", "[open | shut]", "height, in cm"):
+        assert words in text
+
+
+@pytest.mark.parametrize("cls", [TrainConfig, LismConfig])
+def test_every_key_of_the_real_configs_is_explained(cls):
+    lines = describe(cls).splitlines()
+    keys = [number for number, line in enumerate(lines) if line.startswith("  ") and not line.startswith("      ")]
+    unexplained = [
+        lines[number] for number in keys if number + 1 == len(lines) or not lines[number + 1].startswith("      ")
+    ]
+    assert not [line for line in unexplained if ".name = " not in line]

@@ -1,0 +1,91 @@
+"""Boxes go through exactly the geometry of the pixels."""
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from goal_ray.geometry import PixelGeometry, ResizeConfig, crop_box
+
+SIZE, GRID = 64, (8, 8)
+MODES = ["shortest", "squash", "random_resized_crop"]
+
+
+def paint(width: int, height: int, box: tuple[int, int, int, int]) -> Image.Image:
+    """A black picture with one white box."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    x0, y0, x1, y1 = box
+    pixels[y0:y1, x0:x1] = 255
+    return Image.fromarray(pixels)
+
+
+def bright_extent(square_3SS: np.ndarray) -> tuple[int, int, int, int]:
+    """The box, in pixels of the square, around all that is more than half bright."""
+    ys, xs = np.nonzero(square_3SS[0] > 127)
+    return int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_painted_box_lands_where_its_box_does(mode, data):
+    width = data.draw(st.integers(40, 300))
+    height = data.draw(st.integers(40, 300))
+    x0 = data.draw(st.integers(0, width - 20))
+    y0 = data.draw(st.integers(0, height - 20))
+    x1 = data.draw(st.integers(x0 + 20, width))
+    y1 = data.draw(st.integers(y0 + 20, height))
+    geometry = PixelGeometry(ResizeConfig(mode, min_scale=0.5, min_visible=0.0), SIZE, GRID)
+    seed = data.draw(st.integers(0, 2**31))
+    square, cells = geometry(paint(width, height, (x0, y0, x1, y1)), np.array([[x0, y0, x1, y1]]), seed)
+    box_px = cells[0] * SIZE / GRID[0]
+    if min(box_px[2] - box_px[0], box_px[3] - box_px[1]) < 3:
+        return  # thinner than what resampling leaves bright
+    assert np.abs(np.array(bright_extent(square)) - box_px).max() <= 1.5
+
+
+@pytest.mark.parametrize(("width", "height"), [(200, 100), (101, 333), (64, 64), (1, 1), (7, 3)])
+def test_shortest_equals_open_clips_own_preprocessing(width, height):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    image = Image.fromarray(pixels)
+    theirs = open_clip.image_transform(SIZE, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))(image)
+    mine, _ = PixelGeometry(ResizeConfig(), SIZE, GRID)(image, np.empty((0, 4)))
+    assert torch.equal(torch.from_numpy(mine).float() / 255, theirs)
+
+
+def test_box_cut_away_by_center_crop_is_dropped():
+    geometry = PixelGeometry(ResizeConfig(), SIZE, GRID)
+    boxes = np.array([[0, 0, 40, 100], [100, 0, 200, 100]])  # of a 300-pixel-wide picture only 100..200 stays
+    _, cells = geometry(Image.new("RGB", (300, 100)), boxes)
+    assert cells[0].tolist() == [0, 0, 0, 0]
+    assert cells[1].tolist() == [0, 0, 8, 8]
+
+
+def test_box_half_cut_is_clipped_and_kept_only_above_min_visible():
+    image, box = Image.new("RGB", (300, 100)), np.array([[40, 0, 140, 100]])  # 40 % of it stays
+    kept = PixelGeometry(ResizeConfig(min_visible=0.3), SIZE, GRID)(image, box)[1]
+    gone = PixelGeometry(ResizeConfig(min_visible=0.5), SIZE, GRID)(image, box)[1]
+    assert kept[0] == pytest.approx([0, 0, 3.2, 8], abs=1e-4)
+    assert gone[0].tolist() == [0, 0, 0, 0]
+
+
+def test_random_crop_is_fixed_by_its_seed_and_leaves_torchs_random_state_alone():
+    geometry = PixelGeometry(ResizeConfig("random_resized_crop", min_scale=0.3), SIZE, GRID)
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (90, 120, 3), np.uint8))
+    state = torch.get_rng_state()
+    first, again, other = (geometry(image, np.empty((0, 4)), seed)[0] for seed in (1, 1, 2))
+    assert torch.equal(state, torch.get_rng_state())
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+@given(st.lists(st.floats(-50, 150), min_size=4, max_size=4))
+def test_a_crop_is_never_empty_and_covers_its_box(values):
+    x0, x1 = sorted(values[:2])
+    y0, y1 = sorted(values[2:])
+    crop = crop_box(Image.new("RGB", (100, 80)), (x0, y0, x1, y1))
+    assert crop.width >= max(1, min(x1, 100) - max(x0, 0))
+    assert crop.height >= max(1, min(y1, 80) - max(y0, 0))

@@ -1,0 +1,165 @@
+"""One forward per tower, long text, and folders that plain open_clip loads."""
+
+import json
+
+import open_clip
+import pytest
+import torch
+from conftest import TINY_CLIP
+
+from goal_ray.errors import ModelError
+from goal_ray.model import (
+    ModelConfig,
+    encode_image,
+    encode_text,
+    load_model,
+    save_model,
+    stretch_positions,
+    text_tower,
+)
+
+VARIANTS = {
+    "clip": {},
+    "custom text": {"custom_text": True},
+    "bidirectional": {"custom_text": True, "text": {"no_causal_mask": True, "pool_type": "last"}},
+    "average pooling": {"vision": {"pool_type": "avg", "final_ln_after_pool": True, "no_ln_pre": True}},
+    "quick gelu": {"quick_gelu": True},
+}
+
+
+def write_architecture(tmp_path, name="variant", vision=None, text=None, **extra) -> str:
+    config = {**json.loads(json.dumps(TINY_CLIP)), **extra}
+    config["vision_cfg"].update(vision or {})
+    config["text_cfg"].update(text or {})
+    path = tmp_path / f"{name}.json"
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+@pytest.fixture(params=list(VARIANTS))
+def variant(request, tmp_path):
+    loaded = load_model(ModelConfig(write_architecture(tmp_path, **VARIANTS[request.param])), seed=1)
+    loaded.clip.double().eval()
+    return loaded
+
+
+@torch.no_grad()
+def test_one_forward_gives_open_clips_features_and_last_block_tokens(variant):
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    ids = variant.tokenizer(["a cat", "two dogs on a long road, late in the evening", ""])
+    image, text = encode_image(variant.clip, images), encode_text(variant.clip, ids)
+    theirs = variant.clip.forward_intermediates(images, ids, image_indices=1, text_indices=1, normalize=False)
+    assert torch.allclose(image.pooled_BE, theirs["image_features"], atol=1e-12)
+    assert torch.allclose(text.pooled_BE, theirs["text_features"], atol=1e-12)
+    patches = theirs["image_intermediates"][0].flatten(2).transpose(1, 2)
+    assert torch.allclose(image.tokens_BND, patches, atol=1e-12)
+    assert torch.allclose(text.tokens_BND, theirs["text_intermediates"][0], atol=1e-12)
+
+
+@torch.no_grad()
+def test_cutting_text_to_the_batchs_longest_is_exact(variant):
+    ids = variant.tokenizer(["a cat", "two dogs on a long road, late in the evening"])
+    longest = int((ids != 0).sum(1).max())
+    padded, cut = encode_text(variant.clip, ids), encode_text(variant.clip, ids[:, :longest])
+    assert torch.allclose(padded.pooled_BE, cut.pooled_BE, atol=1e-12)
+    assert torch.allclose(padded.tokens_BND[:, :longest], cut.tokens_BND, atol=1e-12)
+
+
+def test_stretch_equals_a_table_computed_by_hand():
+    table = torch.tensor([[0.0], [10.0], [20.0], [40.0]])
+    stretched = stretch_positions(table, 8, keep=2)
+    # Rows 2.. lie at 2, 2 1/3, 2 2/3, 3, 3 1/3, 3 2/3 of the old table; past its end the slope of 20 goes on.
+    expected = [0, 10, 20, 20 + 20 / 3, 20 + 40 / 3, 40, 40 + 20 / 3, 40 + 40 / 3]
+    assert stretched.flatten().tolist() == pytest.approx(expected)
+
+
+def test_stretch_from_77_to_248_is_long_clips():
+    table = torch.randn(77, 16, dtype=torch.float64)
+    expected = table.new_zeros(248, 16)
+    expected[:20] = table[:20]
+    for row in range(57):
+        here = table[20 + row]
+        slope = table[21 + row] - here if row < 56 else here - table[19 + row]
+        for quarter in range(4):
+            expected[20 + 4 * row + quarter] = here + quarter / 4 * slope
+    assert torch.allclose(stretch_positions(table, 248), expected, atol=1e-14)
+
+
+@pytest.mark.parametrize("length", [78, 100, 248, 1024])
+def test_any_target_length_keeps_the_first_positions_and_stays_in_order(length):
+    stretched = stretch_positions(torch.arange(77.0)[:, None], length)
+    assert stretched.shape == (length, 1)
+    assert torch.equal(stretched[:20, 0], torch.arange(20.0))
+    assert (stretched.diff(dim=0) > 0).all()
+
+
+def test_a_context_cannot_be_shortened():
+    with pytest.raises(ModelError, match="must not be shorter"):
+        stretch_positions(torch.zeros(77, 4), 60)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["clip", "custom text"])
+def test_a_stretched_model_reads_248_tokens_in_open_clip_too(tmp_path, name):
+    loaded = load_model(ModelConfig(write_architecture(tmp_path, **VARIANTS[name]), context_length=248))
+    ids = torch.randint(1, 40000, (2, 248))
+    ids[:, -1] = 49407
+    assert loaded.context_length == 248
+    assert torch.allclose(encode_text(loaded.clip, ids).pooled_BE, loaded.clip.encode_text(ids), atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["clip", "custom text", "quick gelu"])
+def test_plain_open_clip_loads_what_was_saved(tmp_path, name):
+    loaded = load_model(ModelConfig(write_architecture(tmp_path, **VARIANTS[name]), context_length=100), seed=5)
+    save_model(tmp_path / "saved", loaded, loaded.clip.state_dict())
+    clip, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'saved'}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'saved'}")
+    images, ids = torch.randn(2, 3, 32, 32), tokenizer(["a cat", "a dog " * 45])
+    assert ids.shape == (2, 100)
+    loaded.clip.eval(), clip.eval()
+    assert torch.equal(clip.encode_image(images), loaded.clip.encode_image(images))
+    assert torch.equal(clip.encode_text(ids), loaded.clip.encode_text(ids))
+    again = load_model(ModelConfig(str(tmp_path / "saved")))
+    assert again.model_cfg == loaded.model_cfg
+    assert torch.equal(again.clip.eval().encode_text(ids), loaded.clip.encode_text(ids))
+
+
+def test_random_weights_follow_the_seed(tiny_clip):
+    first, again, other = (load_model(ModelConfig(tiny_clip), seed).clip.text_projection for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("vision", "text", "extra", "error"),
+    [
+        ({"attentional_pool": True}, {}, {}, "attentional pooling"),
+        ({"image_size": [32, 64]}, {}, {}, "only square"),
+        ({"patch_dropout": 0.5}, {}, {}, "patch dropout"),
+        ({}, {"embed_cls": True}, {"custom_text": True}, "CLS token"),
+        ({}, {"proj_bias": True}, {"custom_text": True}, "bias"),
+        ({"layers": [1, 1, 1, 1], "width": 16}, {}, {}, "native ViT"),
+    ],
+)
+def test_towers_that_goal_cannot_read_are_refused(tmp_path, vision, text, extra, error):
+    with pytest.raises(ModelError, match=error):
+        loaded = load_model(ModelConfig(write_architecture(tmp_path, "odd", vision, text, **extra)))
+        text_tower(loaded.clip)
+
+
+@pytest.mark.parametrize("name", ["no-such-model", "missing.json", "{folder}"])
+def test_a_model_that_is_not_there_is_refused(tmp_path, name):
+    with pytest.raises(ModelError):
+        load_model(ModelConfig(name.format(folder=tmp_path)))
+
+
+def test_a_weights_file_with_code_in_it_is_not_run(tiny_clip, tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "pwned"), "w"))
+
+    torch.save({"state_dict": Attack()}, tmp_path / "evil.pt")
+    with pytest.raises(ModelError):
+        load_model(ModelConfig(tiny_clip, weights=str(tmp_path / "evil.pt")))
+    assert not (tmp_path / "pwned").exists()

@@ -1,0 +1,147 @@
+"""The shard contract, on real tars."""
+
+import io
+import tarfile
+
+import pytest
+import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from goal_ray.errors import CaptionError, ShardError
+from goal_ray.shards import Sample, expand_shards, index_shard, split_name, stream_samples, write_tar
+
+SAMPLES = [
+    ("folder.d/a", {"png": b"1" * 3000, "txt": b"one"}),
+    ("b", {"jpg": b"2" * 700, "txt": b"two", "json": b"{}"}),
+    ("ü-日本", {"webp": b"3", "txt": "三".encode(), "mask.png": b"4"}),
+]
+
+
+@pytest.fixture
+def tar(tmp_path):
+    url = str(tmp_path / "a.tar")
+    write_tar(url, iter(SAMPLES))
+    return url
+
+
+def test_samples_come_back_as_written(tar):
+    assert [(sample.key, sample.members) for sample in stream_samples(tar)] == SAMPLES
+
+
+def test_the_webdataset_library_reads_the_same_samples(tar):
+    read = list(webdataset.WebDataset(tar, shardshuffle=False))
+    assert [(s["__key__"], {k: v for k, v in s.items() if k[0] != "_"}) for s in read] == SAMPLES
+
+
+def test_equal_samples_give_equal_bytes(tar, tmp_path):
+    write_tar(str(tmp_path / "b.tar"), iter(SAMPLES))
+    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
+
+
+def test_the_index_points_at_the_members(tar):
+    data = open(tar, "rb").read()
+    for entry, (key, members) in zip(index_shard(tar), SAMPLES, strict=True):
+        assert entry.key == key
+        assert {name: data[at : at + size] for name, (at, size) in entry.members.items()} == members
+
+
+@pytest.mark.parametrize("cut", [0, 100, 512, 1500, 3584, 4096, 4608, 5000, 5632, 7000, 9000])
+def test_a_tar_cut_anywhere_yields_only_complete_samples_and_says_so(tar, tmp_path, cut):
+    part = tmp_path / "part.tar"
+    part.write_bytes(open(tar, "rb").read()[:cut])
+    read = []
+    with pytest.raises(ShardError, match=r"part\.tar: corrupt or truncated"):
+        for sample in stream_samples(str(part)):
+            read.append((sample.key, sample.members))
+    assert read == SAMPLES[: len(read)]
+    with pytest.raises(ShardError, match="corrupt or truncated"):
+        index_shard(str(part))
+
+
+@given(st.binary(max_size=3000))
+def test_garbage_is_refused_and_nothing_else_is_raised(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("garbage") / "x.tar"
+    path.write_bytes(data)
+    with pytest.raises(ShardError):
+        list(stream_samples(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a/b.c/img.pairs.json", ("a/b.c/img", "pairs.json")),
+        ("IMG.JPG", ("IMG", "jpg")),
+        ("noext", None),
+        (".hidden", None),
+        ("dir/", None),
+        ("x.", None),
+    ],
+)
+def test_a_name_splits_at_the_first_dot_of_its_base_name(name, expected):
+    assert split_name(name) == expected
+
+
+def test_folders_and_stray_files_inside_a_tar_belong_to_no_sample(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as tar:
+        folder = tarfile.TarInfo("sub")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for name in ("README", "sub/a.txt", "sub/a.png"):
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"x"))
+    assert [(s.key, sorted(s.members)) for s in stream_samples(str(path))] == [("sub/a", ["png", "txt"])]
+
+
+@pytest.mark.parametrize(
+    ("members", "repeated", "error"),
+    [
+        ({"txt": b"x"}, (), "no picture"),
+        ({"jpg": b"", "png": b""}, (), "more than one picture"),
+        ({"jpg": b""}, ("jpg",), "more than one picture"),
+    ],
+)
+def test_a_sample_without_exactly_one_picture_is_refused(members, repeated, error):
+    with pytest.raises(ShardError, match=error):
+        Sample("k", members, repeated).image_bytes()
+
+
+@pytest.mark.parametrize(
+    ("members", "error"),
+    [
+        ({}, "no .txt caption"),
+        ({"txt": b" \n"}, "empty"),
+        ({"txt": b"\xff\xfe"}, "not UTF-8"),
+        ({"txt": b"\xef\xbb\xbf"}, "empty"),
+    ],
+)
+def test_a_sample_without_a_caption_is_refused(members, error):
+    with pytest.raises(CaptionError, match=error):
+        Sample("k", members).caption()
+
+
+def test_shards_are_found_by_file_folder_glob_and_braces(tmp_path):
+    for name in ("b-0.tar", "b-1.tar", "note.md", ".hidden.tar"):
+        (tmp_path / name).write_bytes(b"")
+    both = [str(tmp_path / "b-0.tar"), str(tmp_path / "b-1.tar")]
+    for spec in (tmp_path, tmp_path / "b-*.tar", tmp_path / "b-{0..1}.tar"):
+        assert expand_shards(str(spec)) == both
+    assert expand_shards(both[0]) == both[:1]
+
+
+@pytest.mark.parametrize(
+    ("spec", "error"), [("missing", "no such"), ("x-*.tar", "no file matches"), ("", "holds no .tar")]
+)
+def test_a_spec_that_finds_nothing_is_refused(tmp_path, spec, error):
+    with pytest.raises(ShardError, match=error):
+        expand_shards(str(tmp_path / spec))
+
+
+def test_two_shards_of_one_name_are_refused(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.tar").write_bytes(b"")
+    with pytest.raises(ShardError, match="share a file name"):
+        expand_shards(str(tmp_path / "{a,b}" / "x.tar"))
