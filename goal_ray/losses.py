@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from open_clip import ClipLoss, SigLipLoss
+from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor, nn
 
 from goal_ray.config import strict

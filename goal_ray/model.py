@@ -219,7 +219,7 @@ def load_model(config: ModelConfig, seed: int = 0) -> LoadedModel:
             else:
                 name = _architecture_name(config.name)
                 model_cfg = open_clip.get_model_config(name)
-                clip = open_clip.create_model(name, pretrained=config.weights)
+                clip = _create(name, config.weights)
         except UnpicklingError as error:
             raise ModelError(f"{config.weights}: refused, since it holds more than tensors: {error}") from None
         except (RuntimeError, OSError, ValueError, KeyError) as error:
@@ -232,6 +232,17 @@ def load_model(config: ModelConfig, seed: int = 0) -> LoadedModel:
         model_cfg["quick_gelu"] = True
     tokenizer = open_clip.get_tokenizer(name)
     return LoadedModel(clip, tokenizer, model_cfg, open_clip.get_model_preprocess_cfg(clip))
+
+
+def _create(name: str, weights: str | None) -> nn.Module:
+    """A model with the activation its weights were trained with; open_clip itself only warns of the wrong one."""
+    tag = open_clip.get_pretrained_cfg(name, weights) if weights else {}
+    quick = bool(tag.get("quick_gelu")) if tag else None
+    if quick is False and name.endswith("-quickgelu"):
+        raise ModelError(
+            f"weights {weights!r} were trained without QuickGELU; use model {name.removesuffix('-quickgelu')}"
+        )
+    return open_clip.create_model(name, pretrained=weights, force_quick_gelu=bool(quick))
 
 
 def _architecture_name(name: str) -> str:

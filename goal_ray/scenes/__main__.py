@@ -15,7 +15,8 @@ KEY.txt and KEY.json (boxes in pixels, and which characters of the caption speak
 the settings. The same command gives the same bytes; after an interruption it draws what is missing.
 
 With --short --min-objects 1 --max-objects 1 every picture looks like a region cut from a scene, with one sentence: what
-a CLIP should know before it is fine-tuned on long captions. Size and place are then those in the scene, not in the cut."""
+a CLIP should know before it is fine-tuned on long captions. Size and place are then those in
+the scene, not in the cut."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -19,6 +19,8 @@ SUPERSAMPLE = 4
 # Height of the full scene that a crop is thought to be cut from: a small object's crop is as soft as the real one's.
 CROPPED_SCENE_PX = 128
 MIN_CROP_PX = 20
+# Of a blurred mask, only what is fully inside stays.
+EROSION = [0] * 254 + [255] * 2
 
 Floats = NDArray[np.floating[Any]]
 
@@ -64,16 +66,7 @@ def paint(canvas: Floats, thing: SceneObject, rng: Generator) -> Box:
     edge_share = np.minimum(shares(edge), alpha)
     second_share = np.minimum(shares(ImageChops.multiply(second, mask)), alpha - edge_share)
 
-    shadow = mask.reduce(SUPERSAMPLE).filter(ImageFilter.GaussianBlur(0.025 * thing.side_px + 0.6))
-    offset = max(1, round(0.03 * thing.side_px))
-    blend(
-        canvas,
-        np.asarray(shadow, np.float32)[..., None] / 255 * 0.3,
-        np.zeros(3, np.float32),
-        left + offset,
-        top + offset,
-    )
-
+    drop_shadow(canvas, mask, left, top, thing.side_px)
     main, other, dark = tones(thing.colour, rng)
     height, width = alpha.shape
     light = 1.06 - 0.12 * np.add.outer(np.linspace(0, 1, height), np.linspace(0, 1, width)).astype(np.float32) / 2
@@ -81,16 +74,23 @@ def paint(canvas: Floats, thing: SceneObject, rng: Generator) -> Box:
     mixed += other * second_share[..., None] + dark * edge_share[..., None]
     colour = mixed / np.maximum(alpha, 1e-6)[..., None] * light[..., None]
     blend(canvas, alpha[..., None], colour, left, top)
-
-    columns = np.flatnonzero(np.asarray(mask).max(axis=0))
-    rows = np.flatnonzero(np.asarray(mask).max(axis=1))
-    x0, x1 = left + columns[0] / SUPERSAMPLE, left + (columns[-1] + 1) / SUPERSAMPLE
-    y0, y1 = top + rows[0] / SUPERSAMPLE, top + (rows[-1] + 1) / SUPERSAMPLE
-    return float(x0), float(y0), float(x1), float(y1)
+    return tight_box(mask, left, top)
 
 
-# Of a blurred mask, only what is fully inside stays.
-EROSION = [0] * 254 + [255] * 2
+def drop_shadow(canvas: Floats, mask: Image.Image, left: int, top: int, side_px: float) -> None:
+    """Darkens the canvas softly to the lower right of the mask, in place."""
+    blurred = mask.reduce(SUPERSAMPLE).filter(ImageFilter.GaussianBlur(0.025 * side_px + 0.6))
+    alpha = np.asarray(blurred, np.float32)[..., None] / 255 * 0.3
+    offset = max(1, round(0.03 * side_px))
+    blend(canvas, alpha, np.zeros_like(alpha), left + offset, top + offset)
+
+
+def tight_box(mask: Image.Image, left: int, top: int) -> Box:
+    """The box of the mask's filled pixels, in px of the image, for a mask whose corner is at (left, top)."""
+    bounds = mask.getbbox()
+    assert bounds is not None  # every outline has an area
+    x0, y0, x1, y1 = (bound / SUPERSAMPLE for bound in bounds)
+    return left + x0, top + y0, left + x1, top + y1
 
 
 def shares(mask: Image.Image) -> Floats:
@@ -104,8 +104,7 @@ def blend(canvas: Floats, alpha: Floats, colour: Floats, left: int, top: int) ->
     y0, y1 = max(0, top), min(canvas.shape[0], top + height)
     x0, x1 = max(0, left), min(canvas.shape[1], left + width)
     alpha = alpha[y0 - top : y1 - top, x0 - left : x1 - left]
-    if colour.ndim == 3:
-        colour = colour[y0 - top : y1 - top, x0 - left : x1 - left]
+    colour = colour[y0 - top : y1 - top, x0 - left : x1 - left]
     view = canvas[y0:y1, x0:x1]
     view += (colour - view) * alpha
 

@@ -24,6 +24,7 @@ from goal_ray.train.loop import Job, train_worker, use_all_cpus
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 QUARANTINE_FILE = "quarantine.jsonl"
+RESULT_FILE = "result.json"
 EXPORT_FOLDER = "model"
 RESUMABLE_CHANGES = (
     "workers",
@@ -38,7 +39,7 @@ RESUMABLE_CHANGES = (
 
 @dataclass(frozen=True)
 class TrainResult:
-    """run_dir: the run's folder · model_dir: the exported open_clip model · seconds: wall time of this call."""
+    """run_dir: the run's folder · model_dir: the exported open_clip model · seconds: wall time, resumed calls added."""
 
     run_dir: Path
     model_dir: Path
@@ -71,9 +72,17 @@ def train(config: TrainConfig, resume: bool = False) -> TrainResult:
                     "resume_from": resume_from,
                 }
                 run_workers(job, config, recorder)
-    newest = checkpoint_folders(run_dir)[-1]
-    model_dir = export_model(newest, run_dir / EXPORT_FOLDER)
-    return TrainResult(run_dir, model_dir, total_steps, time.perf_counter() - began)
+    model_dir = export_model(checkpoint_folders(run_dir)[-1], run_dir / EXPORT_FOLDER)
+    seconds = add_seconds(run_dir / RESULT_FILE, total_steps, time.perf_counter() - began)
+    return TrainResult(run_dir, model_dir, total_steps, seconds)
+
+
+def add_seconds(path: Path, steps: int, seconds: float) -> float:
+    """Adds this call's time to the run's and stores it. A call that found the run complete adds nothing."""
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"steps": 0, "seconds": 0.0}
+    total = before["seconds"] if before["steps"] == steps else before["seconds"] + seconds
+    path.write_text(json.dumps({"steps": steps, "seconds": round(total, 1)}), encoding="utf-8")
+    return total
 
 
 def absolute_if_path(name: str) -> str:

@@ -1,0 +1,84 @@
+"""Retrieval metrics: recall at K and median rank between pictures and captions. Core: torch only."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from goal_ray.errors import ModelError
+
+
+@torch.no_grad()
+def ranks(query_NE: Tensor, target_NE: Tensor, chunk: int = 1024, target_index: Tensor | None = None) -> Tensor:
+    """Rank (1 = best) of every query's right target among all targets by cosine similarity, int64 (queries,).
+
+    query_NE, target_NE  embeddings of any float dtype on one device; rows need not be normalised
+    chunk                queries compared at a time; memory is chunk × targets floats
+    target_index         int64 (queries,), the right target's row for each query (several captions of one picture);
+                         default: row i belongs to row i
+
+    Rank = number of targets at least as similar as the right one, itself included: a tie counts against the model,
+    so embeddings that tell nothing apart rank last, not first. Similarities are float32, and the same two vectors can
+    differ by rounding from one place in a matrix product to another; whatever lies within that rounding is a tie.
+
+    Raises ModelError on NaN or infinite embeddings, ValueError on shapes or indices that do not fit together.
+    """
+    if query_NE.dim() != 2 or target_NE.dim() != 2 or query_NE.shape[1] != target_NE.shape[1]:
+        raise ValueError(f"embeddings must be (N, E) of one E, not {tuple(query_NE.shape)}, {tuple(target_NE.shape)}")
+    if target_index is None:
+        if len(query_NE) != len(target_NE):
+            raise ValueError(f"{len(query_NE)} queries for {len(target_NE)} targets need a target_index")
+        target_index = torch.arange(len(query_NE), device=query_NE.device)
+    elif target_index.shape != (len(query_NE),):
+        raise ValueError(f"target_index must have shape ({len(query_NE)},), not {tuple(target_index.shape)}")
+    elif ((target_index < 0) | (target_index >= len(target_NE))).any():
+        raise ValueError(f"target_index must lie in 0..{len(target_NE) - 1}")
+    query_NE, target_NE = unit_rows(query_NE, "query"), unit_rows(target_NE, "target")
+
+    # The rounding error of a dot product of unit vectors grows like √E on average.
+    rounding = torch.finfo(torch.float32).eps * math.sqrt(query_NE.shape[1])
+    found = [target_index.new_zeros(0, dtype=torch.int64)]
+    for rows, right in zip(query_NE.split(chunk), target_index.long().split(chunk), strict=True):
+        similarity = rows @ target_NE.T
+        found.append((similarity >= similarity.gather(1, right[:, None]) - rounding).sum(1))
+    return torch.cat(found)
+
+
+def unit_rows(embedding_NE: Tensor, name: str) -> Tensor:
+    """Rows at length 1, float32. Raises ModelError on a NaN or infinite row, which no ranking could be trusted with."""
+    embedding_NE = embedding_NE.float()
+    bad_N = ~embedding_NE.isfinite().all(1)
+    if bad_N.any():
+        raise ModelError(
+            f"{int(bad_N.sum())} of {len(bad_N)} {name} embeddings are NaN or infinite (first: row "
+            f"{int(bad_N.nonzero()[0, 0])}); the model has diverged: evaluate an earlier checkpoint, or lower the "
+            "learning rate"
+        )
+    return F.normalize(embedding_NE, dim=1)
+
+
+def retrieval_metrics(image_NE: Tensor, text_NE: Tensor, at: Sequence[int] = (1, 5, 25, 50)) -> dict[str, Any]:
+    """Recall at each K, in percent of the N queries, and the median rank, in both directions.
+
+    image_NE, text_NE  embeddings; caption i belongs to picture i
+    Returns {"text_to_image": {"R@1": …, "median_rank": …}, "image_to_text": {…}, "count": N}. R@K is left out where
+    K ≥ N, as it would be 100 for any model. The median of an even number is the mean of the middle two.
+    Source: GOAL (arXiv 2503.17782) reports these recalls. Raises as `ranks` does, and ValueError where N is 0.
+    """
+    count = len(image_NE)
+    if count == 0:
+        raise ValueError("there are no pairs to measure retrieval on")
+
+    def summary(rank_N: Tensor) -> dict[str, float]:
+        recalls = {f"R@{k}": 100 * int((rank_N <= k).sum()) / count for k in at if k < count}
+        low, high = rank_N.sort().values[[(count - 1) // 2, count // 2]].tolist()
+        return {**recalls, "median_rank": (low + high) / 2}
+
+    return {
+        "text_to_image": summary(ranks(text_NE, image_NE)),
+        "image_to_text": summary(ranks(image_NE, text_NE)),
+        "count": count,
+    }

@@ -1,0 +1,394 @@
+"""The token-similarity loss: the definition does what its documentation says, and every backend does the same."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.tsl import TslResult, tsl_loss
+
+BACKENDS = ["reference", "eager"]
+MODES = ["coverage", "touch"]
+INPUTS = ("tokens_BND", "ln_weight_D", "ln_bias_D", "proj_DE", "target_ME")
+
+
+def random_case(seed, samples=3, grid=(4, 5), dim=7, out=6, regions=9, dtype=torch.float64, device="cpu"):
+    """Fresh random arguments of `tsl_loss`; boxes reach over the grid's borders, and a few are empty."""
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=random, dtype=torch.float64).to(device, dtype)
+
+    height, width = grid
+    corners = torch.rand(regions, 2, 2, generator=random, dtype=torch.float64) * 1.4 - 0.2
+    low, high = corners.amin(1), corners.amax(1)
+    low[regions // 2 : regions // 2 + 1, 0] = 1.1  # beyond the right border, and inverted
+    scale = torch.tensor([width, height], dtype=torch.float64)
+    return {
+        "tokens_BND": normal(samples, height * width, dim),
+        "boxes_M4": torch.cat([low * scale, high * scale], dim=1).to(device, torch.promote_types(dtype, torch.float32)),
+        "sample_index_M": torch.randint(samples, (regions,), generator=random).sort().values.to(device),
+        "grid": grid,
+        "ln_weight_D": normal(dim) * 0.2 + 1,
+        "ln_bias_D": normal(dim) * 0.2,
+        "proj_DE": normal(dim, out),
+        "target_ME": normal(regions, out),
+    }
+
+
+def run(case: dict, **settings) -> tuple[TslResult, dict[str, torch.Tensor]]:
+    """The result, and the gradient of loss + a fixed mix of the cosines for every differentiable input."""
+    leaves = {name: case[name].detach().clone().requires_grad_() for name in INPUTS if case[name] is not None}
+    result = tsl_loss(**{**case, **leaves}, **settings)
+    mix = torch.linspace(-1, 1, len(result.cosine_M), dtype=result.cosine_M.dtype, device=result.cosine_M.device)
+    (result.loss + (mix * result.cosine_M).sum()).backward()
+    return result, {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def assert_same(case: dict, rtol: float = 1e-9, atol: float = 1e-11, **settings) -> None:
+    """Eager gives what the definition gives: outputs and all gradients."""
+    expected, expected_gradients = run(case, backend="reference", **settings)
+    actual, gradients = run(case, backend="eager", **settings)
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=rtol, atol=atol)
+
+
+def with_boxes(case: dict, *boxes: tuple[float, ...]) -> dict:
+    """The case with these boxes, all on sample 0."""
+    rows = len(boxes)
+    return {
+        **case,
+        "boxes_M4": torch.tensor(boxes, dtype=case["tokens_BND"].dtype).reshape(rows, 4),
+        "sample_index_M": torch.zeros(rows, dtype=torch.int64),
+        "target_ME": case["target_ME"][:rows],
+    }
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("mode", "pooled"), [("coverage", [1.0, 4.0]), ("touch", [2.0, 3.0])])
+def test_a_hand_computed_example_comes_out(backend, mode, pooled):
+    # A 1×2 grid with the tokens (0, 5) and (4, 1); the box covers 0.75 of the first cell, 0.25 of the next:
+    # coverage 0.75 : 0.25 gives (1, 4), touch the plain mean (2, 3). LayerNorm of two different numbers is (-1, 1).
+    tokens = torch.tensor([[[0.0, 5.0], [4.0, 1.0]]], dtype=torch.float64)
+    scale, bias = torch.tensor([2.0, 1.0], dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64)
+    projection = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]], dtype=torch.float64)
+    target = torch.tensor([[0.0, 5.0, 0.0]], dtype=torch.float64)
+    result = tsl_loss(
+        tokens,
+        torch.tensor([[0.25, 0.2, 1.25, 0.7]], dtype=torch.float64),
+        torch.tensor([0]),
+        (1, 2),
+        scale,
+        bias,
+        projection,
+        target,
+        mode=mode,
+        eps=1e-12,
+        backend=backend,
+    )
+    assert pooled[0] < pooled[1]  # so LayerNorm gives (-1, 1), scaled and shifted (-2, 2), projected (-2, 2, 0)
+    cosine = 2 / math.sqrt(8)
+    assert result.cosine_M.tolist() == pytest.approx([cosine])
+    assert result.loss.item() == pytest.approx((1 - cosine) ** 2)
+    assert result.count.item() == 1
+    assert result.count.shape == ()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("mode", "weights"), [("coverage", [0.75, 0.25, 0.0]), ("touch", [0.5, 0.5, 0.0])])
+def test_weights_are_the_overlap_or_one_for_every_touched_cell(backend, mode, weights):
+    # With tokens that are unit vectors, the pooled row is the row of weights itself.
+    tokens = torch.eye(3, dtype=torch.float64)[None]
+    target = F.layer_norm(torch.tensor([weights], dtype=torch.float64), (3,))
+    box = torch.tensor([[0.25, 0.2, 1.25, 0.7]], dtype=torch.float64)
+    result = tsl_loss(
+        tokens, box, torch.tensor([0]), (1, 3), None, None, None, target, mode=mode, eps=1e-12, backend=backend
+    )
+    assert result.cosine_M.item() == pytest.approx(1.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("seed", range(5))
+def test_eager_equals_the_definition_in_values_and_gradients(seed, mode):
+    assert_same(random_case(seed), mode=mode)
+
+
+# Quarters fall on cell borders often, where an off-by-one would show; other floats rarely do.
+CORNER = st.one_of(st.integers(-8, 32).map(lambda quarters: quarters / 4), st.floats(-2, 8, width=32))
+
+
+@given(boxes=st.lists(st.tuples(CORNER, CORNER, CORNER, CORNER), max_size=6), mode=st.sampled_from(MODES))
+@settings(max_examples=60, deadline=None)
+def test_any_boxes_pool_as_defined(boxes, mode):
+    case = with_boxes(random_case(1, samples=1), *boxes)
+    expected, actual = (tsl_loss(**case, mode=mode, backend=backend) for backend in BACKENDS)
+    torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("absent", [("ln_weight_D",), ("ln_bias_D",), ("ln_weight_D", "ln_bias_D", "proj_DE")])
+def test_layer_norm_and_projection_may_be_absent(absent):
+    case = random_case(7, out=7)
+    assert_same({**case, **dict.fromkeys(absent)})
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_are_those_of_finite_differences(backend, mode):
+    case = random_case(11, samples=2, grid=(2, 3), dim=4, out=3, regions=4)
+    leaves = [case[name].requires_grad_() for name in INPUTS]
+
+    def outputs(*values):
+        result = tsl_loss(**{**case, **dict(zip(INPUTS, values, strict=True))}, mode=mode, backend=backend)
+        return result.loss, result.cosine_M
+
+    assert torch.autograd.gradcheck(outputs, leaves)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "box",
+    [
+        pytest.param((1.3, 2.2, 1.4, 2.9), id="inside one cell"),
+        pytest.param((0.5, 1.5, 0.5 + 1e-9, 1.5 + 1e-9), id="almost nothing"),
+        pytest.param((1.0, 1.0, 3.0, 2.0), id="on cell borders"),
+        pytest.param((0.0, 0.0, 5.0, 4.0), id="the grid"),
+        pytest.param((-3.0, -2.0, 9.0, 8.0), id="more than the grid"),
+        pytest.param((4.5, 3.5, 7.0, 9.0), id="over the corner"),
+        pytest.param((1e-20, 1e-20, 2e-20, 2e-20), id="area near underflow"),
+    ],
+)
+def test_boxes_at_the_edges_of_what_is_possible_agree(box, mode):
+    assert_same(with_boxes(random_case(3), box), mode=mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_box_of_the_whole_grid_pools_the_plain_mean(backend, mode):
+    case = with_boxes(random_case(5), (0.0, 0.0, 5.0, 4.0))
+    mean_1D = case["tokens_BND"][0].mean(0, keepdim=True)
+    feature = F.layer_norm(mean_1D, mean_1D.shape[1:], case["ln_weight_D"], case["ln_bias_D"]) @ case["proj_DE"]
+    result = tsl_loss(**case, mode=mode, backend=backend)
+    torch.testing.assert_close(result.cosine_M, F.cosine_similarity(feature, case["target_ME"]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_box_on_cell_borders_touches_only_the_cells_inside(mode):
+    case = random_case(5, grid=(4, 5))
+    inside = tsl_loss(**with_boxes(case, (1.0, 1.0, 3.0, 2.0)), mode="coverage").cosine_M
+    torch.testing.assert_close(tsl_loss(**with_boxes(case, (1.0, 1.0, 3.0, 2.0)), mode=mode).cosine_M, inside)
+
+
+EMPTY_BOXES = [(5.0, 0.0, 8.0, 2.0), (-2.0, 0.0, 0.0, 2.0), (1.0, 1.0, 1.0, 3.0), (3.0, 1.0, 2.0, 3.0), (-1, 0, -1, 0)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("regions", [0, 5])
+@pytest.mark.parametrize("absent", [(), ("ln_weight_D", "ln_bias_D", "proj_DE")])
+def test_nothing_but_empty_boxes_gives_zero_loss_and_zero_gradients(backend, regions, absent):
+    case = {**with_boxes(random_case(2, out=7), *EMPTY_BOXES[:regions]), **dict.fromkeys(absent)}
+    result, gradients = run(case, backend=backend)
+    assert (result.loss.item(), result.count.item()) == (0.0, 0)
+    assert result.cosine_M.tolist() == [0.0] * regions
+    for name, gradient in gradients.items():
+        assert gradient.shape == case[name].shape
+        assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_boxes_take_no_part_in_the_mean(backend):
+    case = random_case(4)
+    full = (0.5, 0.5, 3.0, 3.0)
+    alone = tsl_loss(**with_boxes(case, full), backend=backend)
+    among = tsl_loss(**with_boxes(case, full, *EMPTY_BOXES), backend=backend)
+    torch.testing.assert_close(among.loss, alone.loss)
+    assert among.count.item() == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sample_without_regions_gets_a_zero_gradient(backend):
+    case = random_case(6, samples=4)
+    case["sample_index_M"] = case["sample_index_M"].clamp(max=2)
+    _, gradients = run(case, backend=backend)
+    assert (gradients["tokens_BND"][3] == 0).all()
+    assert (gradients["tokens_BND"][0] != 0).any()
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"samples": 1, "regions": 1},
+        {"samples": 2, "regions": 150},
+        {"samples": 6, "regions": 2},
+        {"samples": 3, "regions": 0},
+        {"samples": 1, "grid": (1, 1), "regions": 3},
+    ],
+)
+def test_ragged_extremes_agree(shape):
+    assert_same(random_case(8, **shape))
+
+
+def test_regions_need_no_order():
+    case = random_case(9)
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
+    shuffled = {**case, **{name: case[name][order] for name in ("boxes_M4", "sample_index_M", "target_ME")}}
+    torch.testing.assert_close(tsl_loss(**shuffled).cosine_M, tsl_loss(**case).cosine_M[order])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("view", ["after the CLS token", "channels first", "every second token"])
+def test_tokens_may_be_any_view(backend, view):
+    case = random_case(10)
+    tokens = case["tokens_BND"]
+    samples, rows, dim = tokens.shape
+    if view == "after the CLS token":
+        base = torch.zeros(samples, rows + 1, dim, dtype=tokens.dtype)
+        strided = base[:, 1:]
+    elif view == "channels first":
+        strided = torch.zeros(samples, dim, rows, dtype=tokens.dtype).transpose(1, 2)
+    else:
+        strided = torch.zeros(samples, 2 * rows, dim, dtype=tokens.dtype)[:, ::2]
+    strided.copy_(tokens)
+    assert not strided.is_contiguous()
+    strided.requires_grad_()
+    result = tsl_loss(**{**case, "tokens_BND": strided}, backend=backend)
+    result.loss.backward()
+    expected, _ = run(case, backend=backend)
+    torch.testing.assert_close(result.cosine_M, expected.cosine_M)
+    assert (strided.grad != 0).any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_accumulated_in_float32(backend, dtype):
+    case = random_case(12, dtype=dtype)
+    exact, exact_gradients = run(
+        {name: value.double() if name in (*INPUTS, "boxes_M4") else value for name, value in case.items()},
+        backend="reference",
+    )
+    result, gradients = run(case, backend=backend)
+    assert result.cosine_M.dtype == result.loss.dtype == torch.float32
+    torch.testing.assert_close(result.cosine_M.double(), exact.cosine_M, rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients.items():
+        assert gradient.dtype == dtype
+        # Only the last rounding, of the finished gradient to its input's dtype, is coarse.
+        torch.testing.assert_close(gradient.double(), exact_gradients[name], rtol=torch.finfo(dtype).eps, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_does_not_coarsen_the_result(backend):
+    case = random_case(13, dtype=torch.float32)
+    leaves = [case[name].requires_grad_() for name in INPUTS]
+    plain = tsl_loss(**case, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = tsl_loss(**case, backend=backend)
+    torch.testing.assert_close(result, plain, rtol=0, atol=0)
+    gradients, expected = (torch.autograd.grad(each.loss, leaves) for each in (result, plain))
+    torch.testing.assert_close(gradients, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_text_span_is_a_box_on_a_one_row_grid(backend):
+    case = random_case(14, samples=2, grid=(1, 12), regions=2)
+    case["boxes_M4"] = torch.tensor([[3.0, 0, 7, 1], [0.0, 0, 1, 1]], dtype=torch.float64)
+    case["sample_index_M"] = torch.tensor([0, 1], dtype=torch.int32)
+    spans_2D = torch.stack([case["tokens_BND"][0, 3:7].mean(0), case["tokens_BND"][1, 0]])
+    feature = F.layer_norm(spans_2D, (7,), case["ln_weight_D"], case["ln_bias_D"]) @ case["proj_DE"]
+    for mode in MODES:
+        result = tsl_loss(**case, mode=mode, backend=backend)
+        torch.testing.assert_close(result.cosine_M, F.cosine_similarity(feature, case["target_ME"]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_eager_compiles_to_one_graph_with_the_same_gradients(mode):
+    case = random_case(15, dtype=torch.float32)
+    leaves = {name: case[name].requires_grad_() for name in INPUTS}
+    compiled = torch.compile(tsl_loss, fullgraph=True, backend="aot_eager")
+    expected = tsl_loss(**case, mode=mode)
+    actual = compiled(**case, mode=mode)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual.loss, leaves.values()), torch.autograd.grad(expected.loss, leaves.values())
+    )
+
+
+def test_changing_numbers_of_regions_compile_once():
+    graphs = []
+
+    def counting(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(tsl_loss, fullgraph=True, dynamic=True, backend=counting)
+    for regions in (5, 9, 14):
+        case = random_case(16, regions=regions, dtype=torch.float32)
+        torch.testing.assert_close(compiled(**case), tsl_loss(**case))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grid": (4, 4)}, "20 tokens do not fill a 4×4 grid"),
+        ({"grid": (-4, -5)}, "do not fill"),
+        ({"tokens_BND": torch.zeros(3, 20)}, r"tokens must be \(B, N, D\)"),
+        ({"tokens_BND": torch.zeros(3, 20, 7, dtype=torch.int64)}, "tokens must be of a float dtype"),
+        ({"boxes_M4": torch.zeros(9, 3)}, "boxes must have shape"),
+        ({"boxes_M4": torch.zeros(())}, "boxes must have shape"),
+        ({"boxes_M4": torch.zeros(9, 4, dtype=torch.int64)}, "boxes must be of a float dtype"),
+        ({"boxes_M4": torch.full((9, 4), math.nan)}, "box 0 is not finite"),
+        ({"boxes_M4": torch.tensor([[0.0, 0, 1, 1]] * 8 + [[0.0, 0, math.inf, 1]])}, "box 8 is not finite"),
+        ({"sample_index_M": torch.zeros(8, dtype=torch.int64)}, "sample_index must have shape"),
+        ({"sample_index_M": torch.zeros(9)}, "sample_index must be int32 or int64"),
+        ({"sample_index_M": torch.tensor([0] * 8 + [-1])}, r"sample_index\[8\] is -1"),
+        ({"sample_index_M": torch.tensor([0] * 8 + [3])}, "batch has 3 samples"),
+        ({"ln_weight_D": torch.zeros(6)}, "ln_weight must have shape"),
+        ({"ln_bias_D": torch.zeros(7, device="meta")}, "ln_bias is on meta"),
+        ({"proj_DE": torch.zeros(6, 6)}, "proj must have shape"),
+        ({"proj_DE": None}, "target must have shape"),
+        ({"target_ME": torch.zeros(9)}, "must have shape"),
+        ({"mode": "center"}, "choose one of coverage, touch"),
+        ({"eps": 0.0}, "eps must be > 0"),
+        ({"backend": "cuda"}, "choose one of auto, reference, eager"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        tsl_loss(**{**random_case(17), **change})
+
+
+def test_a_missing_backend_is_refused_by_name():
+    with pytest.raises(ValueError, match="'triton' is not available; choose one of auto, reference, eager"):
+        tsl_loss(**random_case(18), backend="triton")
+
+
+def test_the_chosen_backend_is_logged_once():
+    program = (
+        "import logging, sys, torch; logging.basicConfig(level='INFO', stream=sys.stdout)\n"
+        "from kernels.tsl import tsl_loss\n"
+        "one = torch.ones(1, 1, 2)\n"
+        "for _ in range(3): tsl_loss(one, torch.ones(1, 4), torch.tensor([0]), (1, 1), None, None, None, one[0])\n"
+        "unwanted = {'goal_ray', 'ray', 'open_clip', 'deepspeed', 'torchvision', 'PIL'} & set(sys.modules)\n"
+        "print('unwanted:', sorted(unwanted))"
+    )
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert output.count("token-similarity loss on cpu: eager backend") == 1
+    assert "unwanted: []" in output  # the kernels need torch alone
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_eager_on_a_gpu_never_waits_for_it_and_agrees():
+    case = random_case(19, dtype=torch.float32, device="cuda")
+    run(case)  # warms up libraries, whose first call may synchronise
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result, gradients = run(case, backend="eager")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected, expected_gradients = run(case, backend="reference")
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-4)

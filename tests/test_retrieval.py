@@ -1,0 +1,145 @@
+"""Retrieval ranks and metrics, against a plain sort of all similarities."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from goal_ray.errors import ModelError
+from goal_ray.retrieval import ranks, retrieval_metrics
+
+
+def naive_ranks(query_NE: np.ndarray, target_NE: np.ndarray, right: np.ndarray) -> list[int]:
+    """Place of the right target after sorting all by falling cosine, behind those it ties with."""
+
+    def unit(rows: np.ndarray) -> np.ndarray:
+        return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+    similarity = np.round(unit(query_NE.astype(np.float64)) @ unit(target_NE.astype(np.float64)).T, 9)
+    is_right = np.arange(len(target_NE)) == right[:, None]
+    order = [np.lexsort((mark, -row)) for row, mark in zip(similarity, is_right, strict=True)]
+    return [int(np.argwhere(places == index).item()) + 1 for places, index in zip(order, right, strict=True)]
+
+
+def random_pair(dtype: torch.dtype) -> torch.Tensor:
+    """301 unrelated queries and targets, (2, 301, 64)."""
+    return torch.randn(2, 301, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+# Small whole numbers make exact ties common, and keep unequal cosines far apart.
+def whole_numbers(rows: int, columns: int) -> st.SearchStrategy[np.ndarray]:
+    return arrays(np.float32, (rows, columns), elements=st.integers(-2, 2).map(float))
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_ranks_equal_a_full_sort(data):
+    count, columns = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 4))
+    query, target = data.draw(whole_numbers(count, columns)), data.draw(whole_numbers(count, columns))
+    chunk = data.draw(st.integers(1, 14))
+    found = ranks(torch.from_numpy(query), torch.from_numpy(target), chunk)
+    assert found.tolist() == naive_ranks(query, target, np.arange(count))
+    assert found.dtype == torch.int64
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_several_captions_may_share_a_picture(data):
+    queries, targets = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 6))
+    query, target = data.draw(whole_numbers(queries, 3)), data.draw(whole_numbers(targets, 3))
+    right = np.array(data.draw(st.lists(st.integers(0, targets - 1), min_size=queries, max_size=queries)))
+    found = ranks(torch.from_numpy(query), torch.from_numpy(target), 5, torch.from_numpy(right))
+    assert found.tolist() == naive_ranks(query, target, right)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_chunk_changes_nothing(dtype):
+    query, target = random_pair(dtype)
+    whole = ranks(query, target, chunk=301)
+    for chunk in (1, 7, 100, 1024):
+        assert torch.equal(ranks(query, target, chunk), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_calling_near_ties_ties_costs_next_to_nothing(dtype):
+    query, target = random_pair(dtype)
+    exact = torch.tensor(naive_ranks(query.double().numpy(), target.double().numpy(), np.arange(301)))
+    lost = ranks(query, target) - exact
+    assert lost.min() >= 0
+    assert lost.sum() <= 2  # of 90 000 comparisons
+
+
+@pytest.mark.parametrize(("count", "columns"), [(7, 1), (60, 32), (257, 511), (1031, 768)])
+def test_embeddings_that_are_all_alike_rank_last(count, columns):
+    # A float32 matrix product gives equal columns unequal sums here; that must not pass for a ranking.
+    row = torch.randn(1, columns, generator=torch.Generator().manual_seed(count))
+    alike = row.repeat(count, 1)
+    assert (ranks(alike, alike, chunk=33) == count).all()
+    metrics = retrieval_metrics(alike, alike, at=(1, 5))
+    assert metrics["text_to_image"] == metrics["image_to_text"] == {"R@1": 0, "R@5": 0, "median_rank": count}
+
+
+def test_a_zero_embedding_ties_with_everything():
+    zero = torch.zeros(4, 8)
+    assert ranks(zero, torch.eye(4, 8)).tolist() == [4] * 4
+
+
+def test_metrics_of_a_known_ranking_come_out():
+    image = torch.eye(4)
+    text = torch.tensor([[1.0, 0, 0, 0], [0.9, 0.8, 0, 0], [0.9, 0.8, 0.7, 0], [0.4, 0.3, 0.2, 0.1]])
+    metrics = retrieval_metrics(image, text, at=(1, 2, 3, 4, 50))
+    assert metrics["text_to_image"] == {"R@1": 25, "R@2": 50, "R@3": 75, "median_rank": 2.5}
+    assert metrics["count"] == 4
+
+
+def test_the_two_directions_are_not_mixed_up():
+    # Caption 1 lies nearest to picture 0, yet each picture's nearest caption is its own.
+    image = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    text = torch.tensor([[1.0, 0.0], [0.8, 0.6]])
+    metrics = retrieval_metrics(image, text, at=(1,))
+    assert metrics["text_to_image"]["R@1"] == 50
+    assert metrics["image_to_text"]["R@1"] == 100
+
+
+def test_recall_that_any_model_would_reach_is_left_out():
+    few = torch.eye(5)
+    assert list(retrieval_metrics(few, few)["text_to_image"]) == ["R@1", "median_rank"]
+    assert retrieval_metrics(few[:1], few[:1])["image_to_text"] == {"median_rank": 1}
+
+
+def test_length_of_the_rows_does_not_matter():
+    query, target = torch.randn(2, 20, 8, generator=torch.Generator().manual_seed(1))
+    scale = torch.arange(1.0, 21.0)[:, None]
+    assert torch.equal(ranks(query * scale, target * scale.flip(0)), ranks(query, target))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["query", "target"])
+def test_embeddings_that_are_not_finite_are_refused(value, name):
+    good, bad = torch.eye(5), torch.eye(5)
+    bad[3, 1] = value
+    pair = (bad, good) if name == "query" else (good, bad)
+    with pytest.raises(ModelError, match=rf"1 of 5 {name} embeddings .* row 3\); the model has diverged"):
+        ranks(*pair)
+
+
+@pytest.mark.parametrize(
+    ("query", "target", "index", "message"),
+    [
+        ((4, 3), (4, 2), None, "of one E"),
+        ((4, 3), (5, 3), None, "need a target_index"),
+        ((4, 3), (5, 3), [0, 1], "must have shape"),
+        ((2, 3), (5, 3), [0, 5], r"0\.\.4"),
+        ((2, 3), (5, 3), [0, -1], r"0\.\.4"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(query, target, index, message):
+    with pytest.raises(ValueError, match=message):
+        ranks(torch.ones(query), torch.ones(target), target_index=None if index is None else torch.tensor(index))
+
+
+def test_nothing_to_rank_is_refused():
+    with pytest.raises(ValueError, match="no pairs"):
+        retrieval_metrics(torch.ones(0, 4), torch.ones(0, 4))
