@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from goal_ray.errors import StageError
@@ -19,6 +20,7 @@ from goal_ray.model import LoadedModel, save_model
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 AVERAGES = ("exp_avg", "exp_avg_sq")
+SCALARS = ("logit_scale", "logit_bias")
 
 
 def checkpoint_folders(run_dir: Path) -> list[Path]:
@@ -45,7 +47,7 @@ def read_step(folder: Path) -> int:
 
 def save_checkpoint(run_dir: Path, engine: Any, loaded: LoadedModel, step: int) -> Path:
     """Saves the state after `step` steps; every rank must call it. The folder appears complete or not at all."""
-    lead = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    lead = not dist.is_initialized() or dist.get_rank() == 0
     weights: dict[str, torch.Tensor] = {}
     averages: dict[str, torch.Tensor] = {}
     for name, parameter in loaded.clip.named_parameters():
@@ -54,7 +56,8 @@ def save_checkpoint(run_dir: Path, engine: Any, loaded: LoadedModel, step: int) 
             full = _full_tensor(engine, parameter, key)  # collective: on every rank, in the same order
             if lead:
                 target = weights if key is None else averages
-                target[name if key is None else f"{key}.{name}"] = full.detach().float().cpu().clone()
+                shape = () if name in SCALARS and not loaded.model_cfg.get("nonscalar_logit_scale") else full.shape
+                target[name if key is None else f"{key}.{name}"] = full.detach().float().cpu().reshape(shape).clone()
     final = run_dir / "checkpoints" / f"step-{step:08d}"
     if lead:
         buffers = {name: b for name, b in loaded.clip.state_dict().items() if name not in weights}
@@ -65,54 +68,59 @@ def save_checkpoint(run_dir: Path, engine: Any, loaded: LoadedModel, step: int) 
         (partial / STATE_FILE).write_text(json.dumps({"step": step}), encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    if dist.is_initialized():
+        dist.barrier()
     return final
 
 
-def load_averages(folder: Path, engine: Any, clip: torch.nn.Module, step: int) -> None:
-    """Puts AdamW's averages and step count of a checkpoint back into the engine; every rank must call it."""
+def load_averages(folder: Path, engine: Any, clip: torch.nn.Module) -> None:
+    """Puts AdamW's averages of a checkpoint into the engine's allocated state; every rank must call it."""
     averages = load_file(folder / OPTIMIZER_FILE)
-    _allocate_states(engine, step)
     for name, parameter in clip.named_parameters():
         for key in AVERAGES if parameter.requires_grad else ():
             _set_average(engine, parameter, key, averages[f"{key}.{name}"].to(engine.device))
 
 
-def reset_step_count(engine: Any) -> None:
-    """Sets AdamW's step count to 0: ZeRO-3 takes a dry step when it allocates its states."""
-    for state in engine.basic_optimizer.state.values():
-        state["step"] = torch.zeros_like(state["step"])
+def allocate_averages(engine: Any, step: int) -> None:
+    """Makes AdamW's state, zero averages after `step` steps; call it once, before the first step.
+
+    Torch and ZeRO 1-2 would make it in the first step, where ZeRO links it to the parameters group by group and misses
+    all groups but the first; ZeRO-3 makes it in a dry step, which counts as one.
+    """
+    optimizer, stage = engine.basic_optimizer, engine.zero_optimization_stage()
+    if stage == 3:
+        tensors = engine.optimizer.fp32_partitioned_groups_flat
+    else:
+        tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    for tensor in tensors:
+        count = torch.tensor(float(step), device=tensor.device if optimizer.defaults["fused"] else "cpu")
+        optimizer.state[tensor] = {"step": count, **{key: torch.zeros_like(tensor) for key in AVERAGES}}
+    if stage in (1, 2):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _full_tensor(engine: Any, parameter: torch.nn.Parameter, key: str | None) -> torch.Tensor:
+    import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-    from deepspeed.zero import GatheredParameters
 
     stage = engine.zero_optimization_stage()
     if stage == 0:
         return parameter if key is None else engine.basic_optimizer.state[parameter][key]
     if not parameter.requires_grad:
-        with GatheredParameters([parameter], enabled=stage == 3):
+        with deepspeed.zero.GatheredParameters([parameter], enabled=stage == 3):
             return parameter.detach().clone()
     return safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
 
 
 def _set_average(engine: Any, parameter: torch.nn.Parameter, key: str, value: torch.Tensor) -> None:
-    from deepspeed.utils import safe_set_full_optimizer_state
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-    if engine.zero_optimization_stage() == 0:
-        engine.basic_optimizer.state[parameter][key].copy_(value)
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        engine.basic_optimizer.state[parameter][key].copy_(value.reshape(parameter.shape))
+    elif stage == 3:  # its own setter cannot cut a tensor whose size the number of ranks does not divide
+        size = parameter.ds_tensor.numel()
+        padded = torch.nn.functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
+        safe_set_local_optimizer_state(parameter, padded.split(size)[dist.get_rank()], key)
     else:
         safe_set_full_optimizer_state(parameter, value, key)
-
-
-def _allocate_states(engine: Any, step: int) -> None:
-    """Makes AdamW's state tensors, which torch and ZeRO 1-2 otherwise make in the first step."""
-    optimizer = engine.basic_optimizer
-    for group in optimizer.param_groups:
-        for tensor in group["params"]:
-            count = torch.tensor(float(step), device=tensor.device if group["fused"] else "cpu")
-            optimizer.state[tensor] = {"step": count, **{key: torch.zeros_like(tensor) for key in AVERAGES}}
-    if engine.zero_optimization_stage() in (1, 2):
-        engine.optimizer._lazy_init_hp_params_optimizer_state()

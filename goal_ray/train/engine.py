@@ -37,6 +37,9 @@ def build_engine(model: GoalModel, config: TrainConfig, device: torch.device) ->
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
+    for parameter in model.parameters():
+        if parameter.ndim == 0:  # DeepSpeed cannot broadcast scalars
+            parameter.data = parameter.data.reshape(1)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=build_optimizer(model, config.optimizer, fused=device.type == "cuda"),
@@ -50,12 +53,12 @@ def build_engine(model: GoalModel, config: TrainConfig, device: torch.device) ->
 
 def register_direct_parameters(model: GoalModel) -> None:
     """Tells ZeRO-3 which parameters GoalModel reads without calling the module that owns them."""
-    from deepspeed.zero import register_external_parameter
+    import deepspeed
 
     visual, text = image_tower(model.clip), text_tower(model.clip)
     owners = [model.clip, visual, visual.ln_post, text.module, text.ln_final]
     for parameter in {p for owner in owners for p in owner.parameters(recurse=False)}:
-        register_external_parameter(model, parameter)
+        deepspeed.zero.register_external_parameter(model, parameter)
 
 
 def set_learning_rate(engine: Any, lr: float) -> None:

@@ -17,7 +17,7 @@ from goal_ray.losses import TERMS, GoalBatch, GoalModel
 from goal_ray.model import LoadedModel, ModelConfig, load_model
 from goal_ray.order import BatchOrder, locate_step
 from goal_ray.text import CaptionEncoder
-from goal_ray.train.checkpoint import load_averages, read_step, reset_step_count, save_checkpoint
+from goal_ray.train.checkpoint import allocate_averages, load_averages, read_step, save_checkpoint
 from goal_ray.train.config import TrainConfig
 from goal_ray.train.engine import build_engine, set_learning_rate
 from goal_ray.train.ingest import BatchReader, stream_batches
@@ -52,10 +52,9 @@ def train_worker(job: Job, rank: int, ranks: int, device: torch.device) -> None:
     preprocess["resize_mode"] = "squash" if config.data.resize.mode == "squash" else "shortest"
     model = GoalModel(loaded.clip, config.loss, preprocess["mean"], preprocess["std"], config.precision == "bf16")
     engine = build_engine(model.to(device), config, device)
-    if job.resume_from is None:
-        reset_step_count(engine)
-    else:
-        load_averages(job.resume_from, engine, loaded.clip, first_step)
+    allocate_averages(engine, first_step)
+    if job.resume_from is not None:
+        load_averages(job.resume_from, engine, loaded.clip)
 
     reader = BatchReader(job.urls, build_examples(config, loaded), config.seed)
     batches = read_batches(job, order, reader, first_step, rank, ranks)

@@ -1,0 +1,106 @@
+"""The one decoder: every stage sees the same upright RGB pixels.
+
+All coordinates of the project (`size`, boxes, regions) are pixels of this upright picture, after EXIF orientation,
+which is what a viewer shows and not always how the file stores its rows.
+"""
+
+import io
+from collections.abc import Callable
+
+import numpy as np
+from PIL import ExifTags, Image
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from goal_ray.errors import ImageError
+
+# The readers are called directly, not through Image.open, which prints a warning for pictures above a limit that is
+# global to the process; `decode_image` has a limit of its own, and may run in threads.
+READERS: dict[str, tuple[Callable[[bytes], bool], type[ImageFile]]] = {
+    "JPEG": (lambda data: data.startswith(b"\xff\xd8\xff"), JpegImageFile),
+    "PNG": (lambda data: data.startswith(b"\x89PNG\r\n\x1a\n"), PngImageFile),
+    "WebP": (lambda data: data.startswith(b"RIFF") and data[8:12] == b"WEBP", WebPImageFile),
+}
+# EXIF orientation -> what makes the picture upright (EXIF 2.32, tag 0x0112).
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode_image(data: bytes, max_pixels: int = 150_000_000) -> Image.Image:
+    """The upright RGB picture in JPEG, PNG or WebP bytes; of an animation, the first frame.
+
+    Transparency is laid on white; 16-bit values are scaled to 8 bits; colour profiles are ignored. The size is checked
+    in the header, before any pixel is decoded. Raises ImageError for anything but a complete picture of these formats
+    with at most `max_pixels`.
+    """
+    if not data:
+        raise ImageError("the picture is empty (0 bytes); store it again")
+    name = next((name for name, (matches, _) in READERS.items() if matches(data)), None)
+    if name is None:
+        raise ImageError(f"not a JPEG, PNG or WebP picture (it starts with {data[:8]!r}); convert it")
+    try:
+        image = READERS[name][1](io.BytesIO(data))
+        width, height = image.size
+        if width * height > max_pixels:
+            raise ImageError(
+                f"{name} of {width}×{height} = {width * height} pixels, more than max_pixels={max_pixels}; "
+                "shrink the picture or raise max_pixels"
+            )
+        image.load()
+        upright = UPRIGHT.get(orientation(image))
+        rgb = to_rgb(image)
+        return rgb if upright is None else rgb.transpose(upright)
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name} too large to decode safely: {error}; shrink the picture") from None
+    # Damaged bytes make PIL raise nearly any type: OSError, SyntaxError, struct.error, zlib.error, EOFError, ...
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise ImageError(f"damaged or truncated {name} ({len(data)} bytes): {reason}; store it again") from error
+
+
+def orientation(image: ImageFile) -> int:
+    """The EXIF orientation, 1-8; 1, which is upright, where the EXIF block is missing or unreadable."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    # A damaged EXIF block says nothing against the pixels.
+    except Exception:
+        return 1
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any decoded picture as RGB, transparent parts on white."""
+    if image.mode.startswith("I"):
+        grey_HW = np.asarray(image)
+        shown_HW = np.round(np.clip(grey_HW, 0, 65535) / 257).astype(np.uint8)
+        shown_HW[grey_HW == image.info.get("transparency", -1)] = 255
+        return Image.fromarray(shown_HW).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image.getchannel("A"))
+        return white
+    return image.convert("RGB")
+
+
+def shrink(image: Image.Image, max_side_px: int) -> Image.Image:
+    """The picture with its longer side at most `max_side_px`, aspect ratio kept and sides at least 1; never enlarged.
+
+    Rounding may scale the two axes a little differently: map coordinates back by `image.width / shrunk.width` and
+    `image.height / shrunk.height`.
+    """
+    longest = max(image.size)
+    if longest <= max_side_px:
+        return image
+    width, height = (max(1, round(side * max_side_px / longest)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)

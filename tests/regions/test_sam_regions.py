@@ -1,0 +1,234 @@
+"""SAM regions: the official model classes at a width that runs in milliseconds, with random weights."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from segment_anything import SamAutomaticMaskGenerator
+from segment_anything.build_sam import _build_sam
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+
+from goal_ray.config import build_config
+from goal_ray.errors import ConfigError, ModelError
+from goal_ray.regions import SamConfig, usable
+from goal_ray.regions.sam import empty_sam, load_sam
+
+IMAGE_PX, PATCH_PX, EMBEDDING = 128, 16, 32
+
+
+@pytest.fixture(scope="module")
+def sam():
+    """A Sam for 128-px input: two blocks, one of them with windows, heads of 8 channels, masks of 32 × 32.
+
+    Its random weights are changed so that masks are blocks of 4 × 4 cells, not noise, and that they differ by point.
+    """
+    torch.manual_seed(3)
+    grid = IMAGE_PX // PATCH_PX
+    model = Sam(
+        image_encoder=ImageEncoderViT(
+            img_size=IMAGE_PX,
+            patch_size=PATCH_PX,
+            embed_dim=24,
+            depth=2,
+            num_heads=3,
+            out_chans=EMBEDDING,
+            use_rel_pos=True,
+            rel_pos_zero_init=False,
+            window_size=3,
+            global_attn_indexes=(1,),
+            norm_layer=lambda width: torch.nn.LayerNorm(width, eps=1e-6),
+        ),
+        prompt_encoder=PromptEncoder(EMBEDDING, (grid, grid), (IMAGE_PX, IMAGE_PX), 16),
+        mask_decoder=MaskDecoder(
+            transformer_dim=EMBEDDING, transformer=TwoWayTransformer(2, EMBEDDING, 8, 2048), num_multimask_outputs=3
+        ),
+        pixel_mean=[123.675, 116.28, 103.53],
+        pixel_std=[58.395, 57.12, 57.375],
+    )
+    decoder = model.mask_decoder
+    with torch.no_grad():
+        for layer in (decoder.output_upscaling[0], decoder.output_upscaling[3]):
+            layer.weight.copy_(4 * layer.weight.mean((2, 3), keepdim=True))
+        for head in (*decoder.output_hypernetworks_mlps, decoder.iou_prediction_head):
+            for layer in head.layers:
+                layer.weight.mul_(5)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(sam, tmp_path_factory):
+    path = tmp_path_factory.mktemp("sam") / "tiny.pth"
+    torch.save(sam.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def image():
+    """A smooth 90 × 60 image of three blobs."""
+    y, x = np.mgrid[:60, :90]
+    blobs = [((20, 15), 9), ((60, 20), 14), ((40, 45), 11)]
+    channels = [np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / (2 * r**2)) for (cx, cy), r in blobs]
+    return (255 * np.stack(channels, -1)).astype(np.uint8)
+
+
+def everything(checkpoint, **settings):
+    """A config that keeps masks whatever the (random) model thinks of them."""
+    return SamConfig(checkpoint=checkpoint, pred_iou_thresh=-1e9, stability_score_thresh=0.0, **settings)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_loaded_checkpoint_is_the_same_model(sam, tmp_path, suffix, image):
+    path = tmp_path / f"model{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(sam.state_dict(), path)
+    pixels = torch.from_numpy(image).permute(2, 0, 1)
+    with torch.no_grad():
+        outputs = [
+            model([{"image": pixels, "original_size": image.shape[:2]}], multimask_output=True)[0]["low_res_logits"]
+            for model in (sam, load_sam(path))
+        ]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("width", "depth", "heads", "global_blocks"),
+    [(768, 12, 12, [2, 5, 8, 11]), (1024, 24, 16, [5, 11, 17, 23]), (1280, 32, 16, [7, 15, 23, 31])],
+    ids=["vit_b", "vit_l", "vit_h"],
+)
+def test_the_official_architectures_are_read_from_shapes(width, depth, heads, global_blocks):
+    with torch.device("meta"):
+        official = _build_sam(width, depth, heads, global_blocks)
+        built = empty_sam({name: tuple(tensor.shape) for name, tensor in official.state_dict().items()})
+    assert str(built) == str(official)
+    for ours, theirs in zip(built.image_encoder.blocks, official.image_encoder.blocks, strict=True):
+        assert (ours.window_size, ours.attn.num_heads) == (theirs.window_size, theirs.attn.num_heads)
+
+
+def test_regions_agree_with_the_official_generator_to_one_mask_cell(sam, checkpoint, image, monkeypatch):
+    monkeypatch.setattr("goal_ray.regions.sam.MAX_IOU", 1.0)  # no thinning, so that both give every mask
+    official = SamAutomaticMaskGenerator(
+        sam, points_per_side=6, pred_iou_thresh=-1e9, stability_score_thresh=0.0, box_nms_thresh=1.0
+    ).generate(image)
+    masks = {mask["predicted_iou"]: mask["segmentation"] for mask in official if mask["area"]}
+    (regions,) = everything(checkpoint, points_per_side=6).build().propose([image])
+    assert len(regions.scores) >= 0.9 * len(masks) > 30
+    cell_px = 4 * 90 / IMAGE_PX
+    for box, score, area in zip(regions.boxes_px, regions.scores.tolist(), regions.areas_px, strict=True):
+        rows, columns = np.nonzero(masks[score])
+        edges = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        assert np.abs(box - edges).max() <= cell_px
+        assert area == pytest.approx(len(rows), rel=0.2)  # outlines of masks this coarse are long
+
+
+def test_masks_thought_poor_or_unstable_are_left_out(checkpoint, image):
+    all_of_them = everything(checkpoint, points_per_side=6).build().propose([image])[0]
+    median = float(np.median(all_of_them.scores))
+    config = SamConfig(
+        checkpoint=checkpoint, points_per_side=6, pred_iou_thresh=median, stability_score_thresh=0.0
+    )
+    assert 0 < len(config.build().propose([image])[0].scores) < len(all_of_them.scores)
+    assert (config.build().propose([image])[0].scores > median).all()
+    none = SamConfig(checkpoint=checkpoint, points_per_side=6, pred_iou_thresh=-1e9, stability_score_thresh=1.1)
+    assert none.build().propose([image])[0].boxes_px.shape == (0, 4)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 300), (300, 7), (129, 64)])
+def test_boxes_stay_inside_images_of_any_shape(checkpoint, size):
+    width, height = size
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image.flags.writeable = False
+    (regions,) = everything(checkpoint, points_per_side=3).build().propose([image])
+    x0, y0, x1, y1 = regions.boxes_px.T
+    assert len(regions.scores) > 0
+    assert ((x0 >= 0) & (y0 >= 0) & (x1 > x0) & (y1 > y0) & (x1 <= width) & (y1 <= height)).all()
+    usable(regions, size)
+
+
+def test_points_per_batch_changes_nothing(checkpoint, image):
+    few, many = (
+        everything(checkpoint, points_per_side=4, points_per_batch=batch).build().propose([image])[0]
+        for batch in (3, 128)
+    )
+    np.testing.assert_allclose(few.boxes_px, many.boxes_px)
+    # The order of float additions differs between batch sizes.
+    np.testing.assert_allclose(few.scores, many.scores, atol=1e-5)
+
+
+def test_a_missing_checkpoint_says_which_file_to_put_where(tmp_path, monkeypatch):
+    monkeypatch.setenv("GOAL_RAY_WEIGHTS", str(tmp_path))
+    with pytest.raises(ModelError, match=r"sam_vit_b_01ec64\.pth.*GOAL_RAY_WEIGHTS") as error:
+        SamConfig(checkpoint=Path("sam_vit_b_01ec64.pth")).build()
+    assert str(tmp_path) in str(error.value)
+
+
+def test_a_checkpoint_is_found_by_name_in_the_weights_folder(checkpoint, monkeypatch):
+    monkeypatch.setenv("GOAL_RAY_WEIGHTS", str(checkpoint.parent))
+    config = build_config(SamConfig, {"checkpoint": checkpoint.name}, source="test")
+    assert config.build() is not None
+
+
+def test_a_wrong_checksum_is_refused_and_a_right_one_is_not(checkpoint):
+    right = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    assert SamConfig(checkpoint=checkpoint, sha256=right.upper()).build() is not None
+    with pytest.raises(ModelError, match=right):
+        SamConfig(checkpoint=checkpoint, sha256="0" * 64).build()
+
+
+def test_an_official_name_is_held_to_the_official_checksum(checkpoint, tmp_path):
+    impostor = tmp_path / "sam_vit_b_01ec64.pth"
+    impostor.write_bytes(checkpoint.read_bytes())
+    with pytest.raises(ModelError, match="ec2df6"):
+        SamConfig(checkpoint=impostor).build()
+
+
+class Trap:
+    """Pickles to a call of print: what a checkpoint must not be able to do."""
+
+    def __reduce__(self):
+        return print, ("code from a checkpoint ran",)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("content", [b"", b"no weights", b"PK\x03\x04broken"])
+def test_damaged_checkpoints_are_refused(tmp_path, suffix, content):
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match="model"):
+        load_sam(path)
+
+
+def test_a_truncated_checkpoint_is_refused(checkpoint, tmp_path):
+    path = tmp_path / "model.pth"
+    path.write_bytes(checkpoint.read_bytes()[:-5000])
+    with pytest.raises(ModelError):
+        load_sam(path)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path, capsys):
+    torch.save({"weight": Trap()}, tmp_path / "trap.pth")
+    with pytest.raises(ModelError, match="damaged"):
+        load_sam(tmp_path / "trap.pth")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "other model", "no tensors", "list"])
+def test_weights_that_do_not_fit_are_refused(sam, tmp_path, change):
+    state = dict(sam.state_dict())
+    if change == "missing":
+        del state["mask_decoder.iou_token.weight"]
+    elif change == "extra":
+        state["head.weight"] = torch.zeros(2)
+    elif change == "other model":
+        state = torch.nn.Linear(3, 3).state_dict()
+    elif change == "no tensors":
+        state = {"model": "vit_b"}
+    torch.save([1, 2] if change == "list" else state, tmp_path / "model.pth")
+    with pytest.raises(ModelError, match="not a SAM checkpoint"):
+        load_sam(tmp_path / "model.pth")
+
+
+def test_the_checkpoint_is_a_required_setting():
+    with pytest.raises(ConfigError, match="checkpoint: required"):
+        build_config(SamConfig, {}, source="test")
