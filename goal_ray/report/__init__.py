@@ -1,0 +1,1 @@
+"""Report: curves, metrics and pictures of runs as one HTML page that needs nothing else."""

@@ -1,0 +1,128 @@
+"""What a run folder holds, read back and checked."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from goal_ray.config import load_config
+from goal_ray.errors import StageError
+from goal_ray.evaluate.run import EVALUATION_FOLDER
+from goal_ray.train.config import TrainConfig
+from goal_ray.train.run import CONFIG_FILE, METRICS_FILE, QUARANTINE_FILE, RESULT_FILE
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `goal-ray evaluate` stored; each direction maps R@K (percent) and median_rank to a value."""
+
+    model: str
+    shards: str
+    text_to_image: dict[str, float]
+    image_to_text: dict[str, float]
+    count: int
+    skipped: list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """One run.
+
+    name         told apart from the other runs
+    config_yaml  the resolved config as stored
+    metrics      log records, oldest first; empty before the first log line
+    quarantine   a record for every bad sample
+    seconds      wall time of a finished run
+    """
+
+    name: str
+    folder: Path
+    config: TrainConfig
+    config_yaml: str
+    metrics: list[dict[str, Any]]
+    evaluations: list[Evaluation]
+    quarantine: list[dict[str, Any]]
+    seconds: float | None
+
+
+_EVALUATION = TypeAdapter(Evaluation)
+
+
+def read_runs(folders: Sequence[str]) -> list[RunRecords]:
+    """The runs in the order given, each once; named by folder, or by path where two folders share a name.
+
+    Raises StageError or ConfigError, naming the file, for a folder that is no run or a file that is damaged.
+    """
+    paths = {os.path.abspath(folder): Path(folder) for folder in folders}
+    names = [Path(path).name for path in paths]
+    unique = len(set(names)) == len(names)
+    return [read_run(path, name if unique else str(path)) for name, path in zip(names, paths.values(), strict=True)]
+
+
+def read_run(folder: Path, name: str) -> RunRecords:
+    """One run folder. Raises as `read_runs` does."""
+    if not folder.is_dir():
+        raise StageError(f"{folder}: no such run folder; give the folder that `goal-ray train` made, STORAGE_PATH/NAME")
+    for file in (CONFIG_FILE, METRICS_FILE):
+        if not (folder / file).is_file():
+            raise StageError(
+                f"{folder}: no run, it has no {file}; give the folder that `goal-ray train` made, STORAGE_PATH/NAME"
+            )
+    return RunRecords(
+        name,
+        folder,
+        load_config(TrainConfig, folder / CONFIG_FILE),
+        (folder / CONFIG_FILE).read_text(encoding="utf-8"),
+        read_lines(folder / METRICS_FILE, ("step", "total_steps", "loss")),
+        [read_evaluation(path) for path in sorted((folder / EVALUATION_FOLDER).glob("*.json"))],
+        read_lines(folder / QUARANTINE_FILE, ("stage", "reason")),
+        read_seconds(folder / RESULT_FILE),
+    )
+
+
+def read_lines(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """The records of a JSONL file, which must have `keys`; none where the file is missing.
+
+    A last line without its end is left out: the run that writes it goes on, or was killed. Raises StageError for any
+    other line that is not a record.
+    """
+    records = []
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            missing = [key for key in keys if key not in record] if isinstance(record, dict) else keys
+            problem = f"has no {', '.join(missing)}" if missing else ""
+        except ValueError as error:
+            problem = f"is not JSON ({error})"
+        if problem and number == len(lines) and not line.endswith(b"\n"):
+            continue
+        if problem:
+            raise StageError(f"{path}: line {number} {problem}; delete that line")
+        records.append(record)
+    return records
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """One evaluation. Raises StageError for a file that `goal-ray evaluate` did not write."""
+    try:
+        return _EVALUATION.validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise StageError(
+            f"{path}: not an evaluation: {place + ': ' if place else ''}{first['msg']}; "
+            "make it again with `goal-ray evaluate`, or delete it"
+        ) from None
+
+
+def read_seconds(path: Path) -> float | None:
+    """The wall time of a finished run; None while it goes on."""
+    try:
+        return float(json.loads(path.read_bytes())["seconds"]) if path.exists() else None
+    except (ValueError, TypeError, KeyError) as error:
+        raise StageError(f"{path}: damaged ({error!r}); delete it") from None

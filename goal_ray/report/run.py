@@ -1,0 +1,90 @@
+"""One report: read the runs, draw, render, write."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from goal_ray import __version__
+from goal_ray.errors import GoalRayError, StageError
+from goal_ray.report.colours import colour
+from goal_ray.report.curves import draw_curves
+from goal_ray.report.gallery import LABEL_RADIUS, Gallery, draw_gallery
+from goal_ray.report.records import RunRecords, read_runs
+from goal_ray.report.tables import COLUMNS, metrics_tables, quarantine_rows, settings_table
+from goal_ray.storage import write_bytes
+
+REPORT_FILE = "report.html"
+TEMPLATE = "report.html.j2"
+
+
+@dataclass(frozen=True)
+class Page:
+    """What was written · pictures: how many it shows · note: why there are none."""
+
+    url: str
+    size_bytes: int
+    pictures: int
+    note: str
+
+
+def write_report(
+    folders: Sequence[str], out: str | None = None, shards: str | None = None, images: int = 12, seed: int = 0
+) -> Page:
+    """Writes the page about one or more runs.
+
+    out     the page; default: report.html in the last run
+    shards  paired shards to show pictures of; default: those of the last run that was trained on local pairs
+    images  pictures at most; the seed draws others
+
+    Raises GoalRayError for a folder that is no run, a damaged file, `shards` that are not there, an unwritable page.
+    """
+    if images < 0:
+        raise StageError(f"--images must be 0 or more, not {images}")
+    runs = read_runs(folders)
+    gallery, note = find_gallery(runs, shards, images, seed)
+    page = Environment(
+        loader=PackageLoader("goal_ray.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    ).get_template(TEMPLATE)
+    html = page.render(
+        version=__version__,
+        runs=runs,
+        colour=colour,
+        settings=settings_table(runs),
+        curves=draw_curves(runs),
+        columns=COLUMNS,
+        metrics=metrics_tables(runs),
+        quarantine=[quarantine_rows(run) for run in runs],
+        gallery=gallery,
+        label_radius=LABEL_RADIUS,
+        note=note,
+    )
+    data = html.encode("utf-8", "replace")  # JSON can hold what UTF-8 cannot: half a surrogate pair
+    url = out or str(runs[-1].folder / REPORT_FILE)
+    try:
+        write_bytes(url, data)
+    except OSError as error:
+        raise StageError(f"{url}: cannot be written ({error}); choose another place with --out") from None
+    return Page(url, len(data), len(gallery.pictures), note)
+
+
+def find_gallery(runs: Sequence[RunRecords], shards: str | None, images: int, seed: int) -> tuple[Gallery, str]:
+    """The pictures, and where there are none the reason why.
+
+    Raises GoalRayError for `shards` that are not there; a run's shards may have gone since.
+    """
+    if shards is not None:
+        gallery = draw_gallery(shards, images, seed)
+    else:
+        paired = [run for run in runs if run.config.loss.needs_pairs]
+        if not paired:
+            return Gallery(""), "no run was trained on local pairs; choose paired shards with --shards"
+        try:
+            gallery = draw_gallery(paired[-1].config.data.shards, images, seed)
+        # The run's storage may be out of reach from here, or lack its driver: ImportError, ValueError.
+        except (GoalRayError, OSError, ImportError, ValueError) as error:
+            return Gallery(paired[-1].config.data.shards), f"{error}; choose paired shards with --shards"
+    if gallery.pictures or images == 0:
+        return gallery, "" if gallery.pictures else "--images 0"
+    first = f"; the first problem: {gallery.skipped[0]}" if gallery.skipped else ""
+    return gallery, f"{gallery.shards}: none of the samples can be shown{first}"
