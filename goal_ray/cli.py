@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from goal_ray.config import describe
 from goal_ray.errors import GoalRayError
 
+SETTINGS_HELP = """settings, with their defaults (null is nothing). Below, `a.b = 1` stands for `a: {b: 1}` in a YAML
+file and for a.b=1 on the command line."""
+
 
 def parser(
     stage: str, description: str, example: str, positionals: Mapping[str, str], config: type | None = None
@@ -17,7 +20,7 @@ def parser(
     """
     epilog = f"example:\n  {example}"
     if config is not None:
-        epilog += f"\n\nsettings (YAML keys, or key=value on the command line):\n{describe(config)}"
+        epilog += f"\n\n{SETTINGS_HELP}\n{describe(config)}"
     made = argparse.ArgumentParser(
         prog=f"goal-ray {stage}",
         description=description,
@@ -27,17 +30,23 @@ def parser(
     for name, text in positionals.items():
         made.add_argument(name.lower(), metavar=name, help=text)
     if config is not None:
-        made.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the config file")
+        # The default keeps argparse from calling them required where another positional is missing.
+        made.add_argument(
+            "settings", nargs="*", default=[], metavar="key=value", help="settings; they override the file's"
+        )
     return made
 
 
 def run_main(main: Callable[[Sequence[str] | None], None], arguments: Sequence[str] | None = None) -> None:
-    """Runs a stage's main; a user's error becomes one message on stderr and exit status 2."""
+    """Runs a stage's main; a user's error, or the system's, becomes one message on stderr and exit status 2."""
     try:
         main(arguments)
     except GoalRayError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except OSError as error:  # no rights, no room, no such place: the message names the file
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None

@@ -6,6 +6,7 @@ A config class is a plain frozen dataclass with a docstring whose lines `name: w
 import dataclasses
 import json
 import re
+import textwrap
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +50,9 @@ def build_config(cls: type[T], tree: dict[str, Any], source: str) -> T:
     try:
         return TypeAdapter(cls).validate_python(with_default_tags(cls, tree))
     except ValidationError as error:
-        raise ConfigError(f"{source}:\n" + "\n".join(explain(cls, item) for item in error.errors())) from None
+        lines = [explain(cls, item) for item in error.errors()]
+        listed = f" {lines[0]}" if len(lines) == 1 else "".join(f"\n  {line}" for line in lines)
+        raise ConfigError(f"{source}:{listed}") from None
 
 
 def with_default_tags(cls: Any, tree: dict[str, Any]) -> dict[str, Any]:
@@ -98,13 +101,13 @@ def explain(cls: type, item: Any) -> str:
     key = ".".join(location) or "config"
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = known_keys(cls, location[:-1])
-        return f"  {key}: unknown key" + (f"; allowed here: {', '.join(known)}" if known else "")
+        return f"{key}: unknown key" + (f"; allowed here: {', '.join(known)}" if known else "")
     if item["type"] in ("missing", "missing_argument"):
-        return f"  {key}: required, but not given"
+        return f"{key}: required, but not given"
     message = item["msg"].removeprefix("Value error, ")
     given = item.get("input")
     shown = "" if isinstance(given, dict) or dataclasses.is_dataclass(given) else f" (got {given!r})"
-    return f"  {key}: {message}{shown}"
+    return f"{key}: {message}{shown}"
 
 
 def known_keys(cls: Any, location: Sequence[str]) -> list[str]:
@@ -140,28 +143,40 @@ def to_yaml(config: Any) -> str:
 
 
 def describe(cls: type, prefix: str = "") -> str:
-    """Help text: every key with its default and the line of its class's docstring that explains it."""
-    lines = []
+    """Help text: the class's own keys, then its sections; a key with its default and its line of the docstring."""
     docs = dict(re.findall(r"^\s*(\w+): (.+(?:\n {8,}.+)*)$", cls.__doc__ or "", re.MULTILINE))
-    hints = typing.get_type_hints(cls, include_extras=False)
+    hints = typing.get_type_hints(cls)
+    keys, sections = [], []
     for field in dataclasses.fields(cls):
-        name = f"{prefix}{field.name}"
-        options = dataclass_options(hints[field.name])
-        if options:
-            for option in options:
-                tag = f" ({field.name}.name={names_of(option)[0]})" if len(options) > 1 else ""
-                lines.append(f"{name}:{tag} {(option.__doc__ or '').strip().splitlines()[0]}")
-                lines.append(describe(option, f"{name}."))
+        name, options = f"{prefix}{field.name}", dataclass_options(hints[field.name])
+        for option in options:
+            title = section_title(name, field, option, tagged=len(options) > 1)
+            sections.append(f"\n{title}\n{describe(option, f'{name}.')}")
+        allowed = typing.get_args(hints[field.name]) if typing.get_origin(hints[field.name]) is typing.Literal else ()
+        if options or len(allowed) == 1:  # the one allowed value is the section's tag, which its title tells
             continue
         default = "(required)" if field.default is dataclasses.MISSING else f"= {to_text(field.default)}"
         if field.default_factory is not dataclasses.MISSING:
             default = f"= {to_text(field.default_factory())}"
-        explanation = re.sub(r"\s+", " ", docs.get(field.name, ""))
-        allowed = typing.get_args(hints[field.name])
-        if typing.get_origin(hints[field.name]) is typing.Literal:
-            explanation += f" [{' | '.join(map(str, allowed))}]"
-        lines.append(f"  {name} {default}\n      {explanation}".rstrip())
-    return "\n".join(lines)
+        choices = f" [{' | '.join(map(str, allowed))}]" if allowed else ""
+        indent, explanation = " " * 6, re.sub(r"\s+", " ", docs.get(field.name, ""))
+        text = textwrap.fill(explanation + choices, 100, initial_indent=indent, subsequent_indent=indent)
+        keys.append(f"  {name} {default}\n{text}".rstrip())
+    return "\n".join(keys + sections)
+
+
+def section_title(name: str, field: "dataclasses.Field[Any]", option: Any, tagged: bool) -> str:
+    """The line of --help above a section: how to choose this class for it, whether it is the default, what it is."""
+    notes = [f"{name}.name={names_of(option)[0]}"] if tagged else []
+    default: Any = None if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if type(default) is option:
+        plain = [part for part in dataclasses.fields(option) if part.default_factory is dataclasses.MISSING]
+        values = {part.name: (getattr(default, part.name), part.default) for part in plain}
+        given = [f"{key}={to_text(value)}" for key, (value, usual) in values.items() if value != usual]
+        if given or tagged:
+            notes.append(f"default: {' '.join(given)}" if given else "the default")
+    about = f" ({', '.join(notes)})" if notes else ""
+    return f"{name}{about}: {(option.__doc__ or '').strip().splitlines()[0]}"
 
 
 def to_text(value: Any) -> str:

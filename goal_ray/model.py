@@ -5,6 +5,7 @@ One pass of a tower gives the pooled embedding and the tokens of the last block,
 
 import json
 import math
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import open_clip
 import torch
 from open_clip.transformer import QuickGELU, TextTransformer, VisionTransformer, text_global_pool
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -222,8 +224,10 @@ def load_model(config: ModelConfig, seed: int = 0) -> LoadedModel:
                 clip = _create(name, config.weights)
         except UnpicklingError as error:
             raise ModelError(f"{config.weights}: refused, since it holds more than tensors: {error}") from None
-        except (RuntimeError, OSError, ValueError, KeyError) as error:
-            raise ModelError(f"cannot load model {config.name!r} (weights {config.weights!r}): {error}") from error
+        except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            # Weights that do not fit name every tensor.
+            reason = textwrap.shorten(f"{type(error).__name__}: {error}", 500)
+            raise ModelError(f"cannot load model {config.name!r} (weights {config.weights!r}): {reason}") from error
     image_tower(clip), text_tower(clip)  # refuses towers that GOAL cannot read
     if config.context_length is not None:
         stretch_text(clip, config.context_length)

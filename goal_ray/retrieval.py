@@ -60,25 +60,39 @@ def unit_rows(embedding_NE: Tensor, name: str) -> Tensor:
     return F.normalize(embedding_NE, dim=1)
 
 
-def retrieval_metrics(image_NE: Tensor, text_NE: Tensor, at: Sequence[int] = (1, 5, 25, 50)) -> dict[str, Any]:
-    """Recall at each K, in percent of the N queries, and the median rank, in both directions.
+def retrieval_metrics(
+    image_IE: Tensor, text_TE: Tensor, at: Sequence[int] = (1, 5, 25, 50), pairs_P2: Tensor | None = None
+) -> dict[str, Any]:
+    """Recall at each K, in percent of the queries, and the median rank, in both directions.
 
-    image_NE, text_NE  embeddings; caption i belongs to picture i
-    Returns {"text_to_image": {"R@1": …, "median_rank": …}, "image_to_text": {…}, "count": N}. R@K is left out where
-    K ≥ N, as it would be 100 for any model. The median of an even number is the mean of the middle two.
-    Source: GOAL (arXiv 2503.17782) reports these recalls. Raises as `ranks` does, and ValueError where N is 0.
+    image_IE, text_TE  embeddings of different pictures and different captions
+    pairs_P2           int64 (picture, caption), rows that belong together, each picture and caption in one or more;
+                       default: caption i belongs to picture i
+
+    A query with several right answers has the rank of the best of them. R@K is left out where there are no more than K
+    answers, as it would be 100 for any model. The median of an even number is the mean of the middle two.
+    Returns {"text_to_image": {"R@1": …, "median_rank": …}, "image_to_text": {…}, "count": P}.
+    Source: GOAL (arXiv 2503.17782) reports these recalls. Raises as `ranks` does; ValueError where there is no pair.
     """
-    count = len(image_NE)
-    if count == 0:
+    if pairs_P2 is None:
+        if len(image_IE) != len(text_TE):
+            raise ValueError(f"{len(image_IE)} pictures and {len(text_TE)} captions need pairs_P2")
+        pairs_P2 = torch.arange(len(image_IE), device=image_IE.device)[:, None].expand(-1, 2)
+    if len(pairs_P2) == 0:
         raise ValueError("there are no pairs to measure retrieval on")
+    picture_P, caption_P = pairs_P2.unbind(1)
 
-    def summary(rank_N: Tensor) -> dict[str, float]:
-        recalls = {f"R@{k}": 100 * int((rank_N <= k).sum()) / count for k in at if k < count}
-        low, high = rank_N.sort().values[[(count - 1) // 2, count // 2]].tolist()
+    def summary(query_QE: Tensor, target_TE: Tensor, query_P: Tensor, target_P: Tensor) -> dict[str, float]:
+        rank_P = ranks(query_QE[query_P], target_TE, target_index=target_P)
+        best_Q = torch.full_like(query_QE[:, 0], len(target_TE), dtype=torch.int64)
+        best_Q = best_Q.scatter_reduce(0, query_P, rank_P, "amin")
+        count = len(best_Q)
+        recalls = {f"R@{k}": 100 * int((best_Q <= k).sum()) / count for k in at if k < len(target_TE)}
+        low, high = best_Q.sort().values[[(count - 1) // 2, count // 2]].tolist()
         return {**recalls, "median_rank": (low + high) / 2}
 
     return {
-        "text_to_image": summary(ranks(text_NE, image_NE)),
-        "image_to_text": summary(ranks(image_NE, text_NE)),
-        "count": count,
+        "text_to_image": summary(text_TE, image_IE, caption_P, picture_P),
+        "image_to_text": summary(image_IE, text_TE, picture_P, caption_P),
+        "count": len(pairs_P2),
     }

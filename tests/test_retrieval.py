@@ -109,6 +109,16 @@ def test_recall_that_any_model_would_reach_is_left_out():
     assert retrieval_metrics(few[:1], few[:1])["image_to_text"] == {"median_rank": 1}
 
 
+def test_of_several_right_answers_the_best_counts():
+    # Picture 0 has captions 0 and 1, of which caption 1 is not like it; caption 2 belongs to pictures 1 and 2.
+    image = torch.eye(3)
+    text = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0.1, 1]])
+    metrics = retrieval_metrics(image, text, at=(1, 2), pairs_P2=torch.tensor([[0, 0], [0, 1], [1, 2], [2, 2]]))
+    assert metrics["image_to_text"] == {"R@1": 100 * 2 / 3, "R@2": 100, "median_rank": 1}
+    assert metrics["text_to_image"] == {"R@1": 100 * 2 / 3, "R@2": 100 * 2 / 3, "median_rank": 1}
+    assert metrics["count"] == 4
+
+
 def test_length_of_the_rows_does_not_matter():
     query, target = torch.randn(2, 20, 8, generator=torch.Generator().manual_seed(1))
     scale = torch.arange(1.0, 21.0)[:, None]
@@ -138,6 +148,11 @@ def test_embeddings_that_are_not_finite_are_refused(value, name):
 def test_shapes_that_do_not_fit_are_refused(query, target, index, message):
     with pytest.raises(ValueError, match=message):
         ranks(torch.ones(query), torch.ones(target), target_index=None if index is None else torch.tensor(index))
+
+
+def test_pictures_and_captions_of_different_number_need_to_be_told_apart():
+    with pytest.raises(ValueError, match="4 pictures and 5 captions need pairs_P2"):
+        retrieval_metrics(torch.ones(4, 3), torch.ones(5, 3))
 
 
 def test_nothing_to_rank_is_refused():
