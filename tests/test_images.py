@@ -170,7 +170,11 @@ def test_size_limit_is_inclusive(format):
     "data",
     [
         # Above this project's limit; then above the one at which PIL gives up by itself.
-        *[claiming(*size) for claiming in (png_claiming, jpeg_claiming) for size in [(13_000, 12_000), (60_000, 60_000)]],
+        *[
+            claiming(*size)
+            for claiming in (png_claiming, jpeg_claiming)
+            for size in [(13_000, 12_000), (60_000, 60_000)]
+        ],
         webp_claiming(16_384, 16_384),
     ],
     ids=["png", "png beyond PIL", "jpeg", "jpeg beyond PIL", "webp beyond PIL"],

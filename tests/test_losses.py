@@ -47,7 +47,9 @@ def slow_goal_terms(clip, batch: GoalBatch) -> torch.Tensor:
     """The four terms by plain loops from METHOD's formulas, two passes per tower, on open_clip's own forwards."""
 
     def normal(pixels):
-        return (pixels.double() / 255 - torch.tensor(MEAN).double().view(3, 1, 1)) / torch.tensor(STD).double().view(3, 1, 1)
+        return (pixels.double() / 255 - torch.tensor(MEAN).double().view(3, 1, 1)) / torch.tensor(STD).double().view(
+            3, 1, 1
+        )
 
     def info_nce(left, right):
         left, right = F.normalize(left, dim=1), F.normalize(right, dim=1)
@@ -117,7 +119,9 @@ def test_loss_and_gradients_equal_an_independent_float64_computation(tiny_clip, 
 def test_without_pair_terms_only_whole_pictures_are_read(tiny_clip):
     loaded = load(tiny_clip)
     batch = random_batch(loaded.tokenizer, seed=11)
-    none = batch._replace(crops_M3SS=batch.crops_M3SS[:0], sentences_ML=batch.sentences_ML[:0], sample_index_M=batch.sample_index_M[:0])
+    none = batch._replace(
+        crops_M3SS=batch.crops_M3SS[:0], sentences_ML=batch.sentences_ML[:0], sample_index_M=batch.sample_index_M[:0]
+    )
     config = LossConfig(weight_local=0, weight_tsl_image=0, weight_tsl_text=0)
     terms = GoalModel(loaded.clip, config, MEAN, STD).double()(none)
     whole = GoalModel(loaded.clip, LossConfig(), MEAN, STD).double()(batch)

@@ -1,0 +1,163 @@
+"""The demo's script: which scenes, which runs, and what is compared."""
+
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from goal_ray.config import load_config
+from goal_ray.demo.accuracy import lism_accuracy
+from goal_ray.evaluate.run import evaluate
+from goal_ray.lism.config import LismConfig
+from goal_ray.lism.run import run_lism
+from goal_ray.ray_session import ray_session
+from goal_ray.report.run import write_report
+from goal_ray.scenes.run import SceneSettings, draw_scenes
+from goal_ray.storage import write_bytes
+from goal_ray.train.config import TrainConfig
+from goal_ray.train.run import TrainResult, train
+
+HERE = Path(__file__).parent
+RESULT_FILE = "demo.json"
+MODELS = {"start": "start", "global": "global loss only", "goal": "GOAL"}
+GLOBAL_ONLY = ("loss.weight_local=0", "loss.weight_tsl_image=0", "loss.weight_tsl_text=0", "name=global")
+DIRECTIONS = ("text_to_image", "image_to_text")
+
+
+@dataclass(frozen=True)
+class SceneSet:
+    """A set of scenes: how many, what they look like, and what its seed adds to the demo's."""
+
+    count: int
+    settings: SceneSettings
+    seed: int
+
+
+SCENES = {
+    "short": SceneSet(8000, SceneSettings(size=72, min_objects=1, max_objects=1, short=True), 1),
+    "train": SceneSet(300, SceneSettings(shard_size=75), 2),
+    "test": SceneSet(1000, SceneSettings(), 3),
+}
+SEED_STRIDE = 1000
+
+
+def run_demo(out: str | Path, seeds: Sequence[int]) -> dict[str, Any]:
+    """Runs the demo once per seed, in folders OUT/seed-N (OUT itself for one seed). Prints and stores the results.
+
+    Returns {"seeds": [result per seed], "mean": …, "spread": …}; a result is what `run_seed` returns. What an earlier,
+    interrupted call finished is not done again.
+    """
+    out = Path(out).absolute()
+    results = []
+    with ray_session(busy_cpus=2):
+        for seed in seeds:
+            folder = out if len(seeds) == 1 else out / f"seed-{seed}"
+            results.append(run_seed(folder, seed))
+            print_result(results[-1], folder)
+    summary = {"seeds": results, **spread(results)}
+    write_bytes(str(out / RESULT_FILE), json.dumps(summary, indent=2).encode())
+    if len(seeds) > 1:
+        print_spread(summary)
+    return summary
+
+
+def run_seed(folder: Path, seed: int) -> dict[str, Any]:
+    """One demo in one folder.
+
+    Returns {"seed", "seconds", "models": {"start" | "global" | "goal": {"train_seconds", "text_to_image",
+    "image_to_text", "count"}}, "lism": accuracy against the truth, "report": path}.
+    """
+    began = time.perf_counter()
+    scenes = {name: str(folder / "scenes" / name) for name in SCENES}
+    for name, kind in SCENES.items():
+        draw_scenes(scenes[name], kind.count, SEED_STRIDE * seed + kind.seed, kind.settings)
+
+    start = fit("start.yaml", folder, seed, scenes["short"], str(HERE / "demo_clip.json"))
+    paired = str(folder / "paired")
+    matcher = f"matcher.model.name={start.model_dir}"
+    run_lism(scenes["train"], paired, load_config(LismConfig, None, [matcher, "matcher.model.weights="]))
+    runs = {
+        "start": start,
+        "global": fit("finetune.yaml", folder, seed, paired, str(start.model_dir), GLOBAL_ONLY),
+        "goal": fit("finetune.yaml", folder, seed, paired, str(start.model_dir)),
+    }
+    metrics = {name: evaluate(str(run.run_dir), scenes["test"]) for name, run in runs.items()}
+    report = write_report([str(run.run_dir) for run in runs.values()], str(folder / "report.html"))
+    return {
+        "seed": seed,
+        "seconds": round(time.perf_counter() - began, 1),
+        "models": {
+            name: {
+                "train_seconds": round(run.seconds, 1),
+                **{key: metrics[name][key] for key in (*DIRECTIONS, "count")},
+            }
+            for name, run in runs.items()
+        },
+        "lism": lism_accuracy(paired).as_dict(),
+        "report": report.url,
+    }
+
+
+def fit(recipe: str, folder: Path, seed: int, shards: str, model: str, more: Sequence[str] = ()) -> TrainResult:
+    """Trains by one of the demo's recipes, or goes on where an interrupted demo stopped."""
+    places = [f"model.name={model}", f"data.shards={shards}", f"storage_path={folder / 'runs'}", f"seed={seed}"]
+    config = load_config(TrainConfig, HERE / recipe, [*places, *more])
+    return train(config, resume=(folder / "runs" / config.name).exists())
+
+
+def print_result(result: Mapping[str, Any], folder: Path) -> None:
+    """Prints one seed's table."""
+    lism, count = result["lism"], result["models"]["goal"]["count"]
+    print(f"\nretrieval among {count} held-out scenes, in percent (seed {result['seed']}, {result['seconds']:.0f} s)")
+    print(
+        f"{'':<20}{'R@1 text→image':>16}{'R@1 image→text':>16}{'R@5 text→image':>16}{'R@5 image→text':>16}{'seconds':>9}"
+    )
+    for name, label in MODELS.items():
+        model = result["models"][name]
+        recalls = [model[direction][at] for at in ("R@1", "R@5") for direction in DIRECTIONS]
+        print(f"{label:<20}" + "".join(f"{recall:>16.1f}" for recall in recalls) + f"{model['train_seconds']:>9.0f}")
+    print(
+        f"LISM against the truth: {100 * lism['right_region']:.1f} % of {lism['sentences']} sentences have a region with "
+        f"IoU ≥ 0.5 on the right object ({100 * lism['object_recall']:.1f} % of the objects have one at all)"
+    )
+    print(f"pictures and curves: {result['report']}   all numbers: {folder / RESULT_FILE}")
+
+
+def spread(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean and, for two seeds or more, sample standard deviation of R@1 and R@5, and of GOAL minus global only."""
+
+    def over_seeds(values: list[float]) -> dict[str, float]:
+        deviation = {"std": statistics.stdev(values)} if len(values) > 1 else {}
+        return {"mean": statistics.mean(values), **deviation}
+
+    def recalls(name: str, direction: str, at: str) -> list[float]:
+        return [result["models"][name][direction][at] for result in results]
+
+    table = {
+        name: {
+            direction: {at: over_seeds(recalls(name, direction, at)) for at in ("R@1", "R@5")}
+            for direction in DIRECTIONS
+        }
+        for name in MODELS
+    }
+    gains = {
+        direction: over_seeds(
+            [g - b for g, b in zip(recalls("goal", direction, "R@1"), recalls("global", direction, "R@1"), strict=True)]
+        )
+        for direction in DIRECTIONS
+    }
+    return {"models": table, "goal_minus_global_R@1": gains}
+
+
+def print_spread(summary: Mapping[str, Any]) -> None:
+    """Prints the table over seeds: mean ± sample standard deviation."""
+    print(f"\nover {len(summary['seeds'])} seeds, mean ± standard deviation, in percent")
+    print(f"{'':<20}{'R@1 text→image':>18}{'R@1 image→text':>18}")
+    rows = {label: summary["models"][name] for name, label in MODELS.items()}
+    values = {label: [row[direction]["R@1"] for direction in DIRECTIONS] for label, row in rows.items()}
+    values["GOAL - global"] = [summary["goal_minus_global_R@1"][direction] for direction in DIRECTIONS]
+    for label, pair in values.items():
+        print(f"{label:<20}" + "".join(f"{f'{value['mean']:.1f} ± {value['std']:.1f}':>18}" for value in pair))
