@@ -3,7 +3,7 @@
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO
 
 import fsspec
@@ -56,6 +56,19 @@ def read_bytes(url: str) -> bytes:
     """The whole content of a file."""
     with open_read(url) as file:
         return file.read()
+
+
+def size_bytes(url: str) -> int:
+    """The length of a file."""
+    fs, path = url_to_fs(url)
+    return int(fs.info(path)["size"])
+
+
+def remove(url: str) -> None:
+    """Deletes a file, if it is there."""
+    fs, path = url_to_fs(url)
+    with suppress(FileNotFoundError):
+        fs.rm_file(path)
 
 
 def exists(url: str) -> bool:

@@ -14,12 +14,14 @@ from goal_ray.model import encode_image, encode_text, load_model
 from goal_ray.pairs import Pair
 from goal_ray.text import CaptionEncoder, pad_batch
 
+MAX_ASPECT = 32  # of a crop whose short side is resized; what is longer would become gigabytes
+
 
 @dataclass(frozen=True)
 class MatchTask:
     """One picture (RGB, H×W×3 uint8), candidate boxes on it in its pixels (R, 4), and its sentences."""
 
-    image_HW3: np.ndarray
+    picture_HW3: np.ndarray
     boxes_px_R4: np.ndarray
     sentences: list[str]
 
@@ -42,7 +44,10 @@ class Matcher:
     @torch.inference_mode()
     def match(self, tasks: Sequence[MatchTask]) -> list[list[Pair]]:
         """For every task one Pair per sentence, in order; `Pair.region` counts its candidate boxes."""
-        crops_RE = self._embed_crops([(task.image_HW3, box) for task in tasks for box in task.boxes_px_R4])
+        images = [Image.fromarray(task.picture_HW3) for task in tasks]
+        crops_RE = self._embed_crops(
+            [(image, box) for image, task in zip(images, tasks, strict=True) for box in task.boxes_px_R4]
+        )
         texts = list(dict.fromkeys(sentence for task in tasks for sentence in task.sentences))
         row = {text: number for number, text in enumerate(texts)}
         texts_SE = self._embed_texts(texts)
@@ -56,17 +61,21 @@ class Matcher:
             pairs.append([Pair(sentence, region, value) for sentence, (region, value) in enumerate(found)])
         return pairs
 
-    def _embed_crops(self, crops: Sequence[tuple[np.ndarray, np.ndarray]]) -> torch.Tensor:
+    def _embed_crops(self, crops: Sequence[tuple[Image.Image, np.ndarray]]) -> torch.Tensor:
         chunks = []
         for start in range(0, len(crops), self.batch):
             squares = [
-                self.geometry(crop_box(Image.fromarray(image), tuple(box)), np.empty((0, 4)))[0]
+                self.geometry(self._crop(image, box), np.empty((0, 4)))[0]
                 for image, box in crops[start : start + self.batch]
             ]
             pixels = torch.from_numpy(np.stack(squares)).to(self.device)
             scaled = (pixels.float() / 255 - self.mean) / self.std
             chunks.append(F.normalize(encode_image(self.clip, scaled).pooled_BE.float(), dim=-1))
         return torch.cat(chunks)
+
+    def _crop(self, image: Image.Image, box: np.ndarray) -> Image.Image:
+        crop = crop_box(image, tuple(box))
+        return middle(crop) if self.geometry.config.mode == "shortest" else crop
 
     def _embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
         ids = [self.encoder.encode(text, [], self.context_length).ids for text in texts]
@@ -75,3 +84,12 @@ class Matcher:
             batch_BL = torch.from_numpy(pad_batch(ids[start : start + self.batch])).to(self.device)
             chunks.append(F.normalize(encode_text(self.clip, batch_BL).pooled_BE.float(), dim=-1))
         return torch.cat(chunks)
+
+
+def middle(crop: Image.Image) -> Image.Image:
+    """The crop with its ends cut off where it is a thread; the center crop to come would cut them off anyway."""
+    longest = MAX_ASPECT * min(crop.size)
+    if max(crop.size) <= longest:
+        return crop
+    left, top = (max(0, (side - longest) // 2) for side in crop.size)
+    return crop.crop((left, top, left + min(crop.width, longest), top + min(crop.height, longest)))

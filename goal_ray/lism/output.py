@@ -8,7 +8,7 @@ OUT/done/NAME.json         counts of a finished shard, written last: a shard wit
 import io
 import json
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,15 +21,22 @@ from goal_ray.shards import (
     read_member,
     shard_name,
 )
-from goal_ray.storage import exists, join, list_names, open_atomic, open_read, read_bytes, write_bytes
+from goal_ray.storage import join, list_names, open_atomic, open_read, read_bytes, remove, write_bytes
 
 SIMILARITY_BINS = 40
+FIRST_BAD = 5
 
 
 @dataclass
 class ShardCounts:
-    """What came out of one shard, or of a whole run: sums, and a histogram of pair similarities over [-1, 1]."""
+    """What came out of one shard, or of a whole run: sums, and a histogram of pair similarities over [-1, 1].
 
+    source_bytes  size of the input tar
+    whole_image   sentences whose best region is the whole image
+    first_bad     the first records of the quarantine
+    """
+
+    source_bytes: int = 0
     samples: int = 0
     paired: int = 0
     quarantined: int = 0
@@ -37,6 +44,7 @@ class ShardCounts:
     sentences: int = 0
     whole_image: int = 0
     similarity_histogram: list[int] = field(default_factory=lambda: [0] * SIMILARITY_BINS)
+    first_bad: list[dict[str, str]] = field(default_factory=list)
 
     def add_pairs(self, regions: int, similarities: Sequence[float], whole_image: int) -> None:
         """Counts one paired sample."""
@@ -49,17 +57,19 @@ class ShardCounts:
             bin_ = int((value + 1) / 2 * SIMILARITY_BINS)
             self.similarity_histogram[min(max(bin_, 0), SIMILARITY_BINS - 1)] += 1
 
-    def add_bad(self) -> None:
+    def add_bad(self, record: dict[str, str]) -> None:
         """Counts one quarantined sample."""
         self.samples += 1
         self.quarantined += 1
+        self.first_bad = [*self.first_bad, record][:FIRST_BAD]
 
     def merge(self, other: "ShardCounts") -> None:
         """Adds another's sums."""
-        for name in ("samples", "paired", "quarantined", "regions", "sentences", "whole_image"):
+        for name in ("source_bytes", "samples", "paired", "quarantined", "regions", "sentences", "whole_image"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         both = zip(self.similarity_histogram, other.similarity_histogram, strict=True)
         self.similarity_histogram = [a + b for a, b in both]
+        self.first_bad = [*self.first_bad, *other.first_bad][:FIRST_BAD]
 
 
 @dataclass(frozen=True)
@@ -78,34 +88,42 @@ class OutputFolder:
     def _quarantine(self, shard: str) -> str:
         return join(join(self.url, "quarantine"), f"{shard_name(shard)}.jsonl")
 
-    def finished(self, shards: Sequence[str]) -> set[str]:
-        """The shards whose output is complete."""
-        done = set(list_names(join(self.url, "done")))
-        return {shard for shard in shards if f"{shard_name(shard)}.json" in done}
+    def finished(self, sizes: Mapping[str, int]) -> dict[str, ShardCounts]:
+        """The shards whose output is complete, and their counts.
 
-    def counts(self, shard: str) -> ShardCounts:
-        """The counts of a finished shard."""
-        return ShardCounts(**json.loads(read_bytes(self._done(shard))))
-
-    def quarantine(self, shard: str) -> list[dict[str, str]]:
-        """The samples a finished shard left out."""
-        url = self._quarantine(shard)
-        return [json.loads(line) for line in read_bytes(url).splitlines()] if exists(url) else []
+        sizes  shard -> bytes of the input tar; a shard of another size than the one that was paired is done again
+        """
+        tars, done, bad = (set(list_names(join(self.url, part))) for part in ("", "done", "quarantine"))
+        found = {}
+        for shard, size in sizes.items():
+            name = shard_name(shard)
+            if f"{name}.json" not in done:
+                continue
+            counts = ShardCounts(**json.loads(read_bytes(self._done(shard))))
+            complete = (name in tars or not counts.paired) and (f"{name}.jsonl" in bad or not counts.quarantined)
+            if complete and counts.source_bytes == size:
+                found[shard] = counts
+        return found
 
     def finish(
         self, shard: str, pairs: Mapping[int, bytes], bad: Sequence[dict[str, str]], counts: ShardCounts
     ) -> None:
-        """Writes a shard's outputs; the order makes a kill at any moment harmless.
+        """Writes a shard's outputs, in place of earlier ones; the order makes a kill at any moment harmless.
 
         pairs  sample number -> its pairs.json; samples that are not in it are left out of the tar
         bad    a record for every sample left out
         """
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in bad)
+        remove(self._done(shard))
         if bad:
+            lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in bad)
             write_bytes(self._quarantine(shard), lines.encode())
+        else:
+            remove(self._quarantine(shard))
         if pairs:
             write_paired_tar(shard, self.tar(shard), pairs)
-        write_bytes(self._done(shard), json.dumps(asdict(counts)).encode())
+        else:
+            remove(self.tar(shard))
+        write_bytes(self._done(shard), json.dumps(asdict(counts), ensure_ascii=False).encode())
 
 
 def write_paired_tar(source: str, target: str, pairs: Mapping[int, bytes]) -> None:
@@ -146,27 +164,22 @@ def add_pairs(output: tarfile.TarFile, member: Member, pairs: Mapping[int, bytes
         output.addfile(member_info(f"{member.key}.{PAIRS_EXTENSION}", len(data)), io.BytesIO(data))
 
 
-def total_counts(folder: OutputFolder, shards: Sequence[str]) -> ShardCounts:
-    """The sums over shards."""
+def summary(finished: Iterable[ShardCounts], seconds: float) -> dict[str, Any]:
+    """The summary of a run's shards, as stored in OUT/lism.json."""
     total = ShardCounts()
-    for shard in shards:
-        total.merge(folder.counts(shard))
-    return total
-
-
-def summary(counts: ShardCounts, seconds: float) -> dict[str, Any]:
-    """The run's summary as stored in OUT/lism.json."""
+    for counts in finished:
+        total.merge(counts)
     return {
-        **asdict(counts),
-        "regions_per_image": counts.regions / max(1, counts.paired),
-        "sentences_per_image": counts.sentences / max(1, counts.paired),
-        "whole_image_share": counts.whole_image / max(1, counts.sentences),
+        **asdict(total),
+        "regions_per_image": total.regions / max(1, total.paired),
+        "sentences_per_image": total.sentences / max(1, total.paired),
+        "whole_image_share": total.whole_image / max(1, total.sentences),
         "seconds": round(seconds, 1),
     }
 
 
 def print_summary(result: Mapping[str, Any]) -> None:
-    """Prints a summary for people, with the histogram as bars."""
+    """Prints a summary for people, with the histogram as bars, and why samples were left out."""
     print(
         f"samples {result['samples']}: paired {result['paired']}, quarantined {result['quarantined']} · "
         f"{result['regions_per_image']:.1f} regions and {result['sentences_per_image']:.1f} sentences per image · "
@@ -179,3 +192,12 @@ def print_summary(result: Mapping[str, Any]) -> None:
             low = -1 + 2 * number / len(histogram)
             bar = "█" * max(1, 40 * count // most)
             print(f"  similarity {low:+.2f}..{low + 2 / len(histogram):+.2f} {count:>8} {bar}")
+    for record in result["first_bad"]:
+        print(f"  quarantined: {describe_bad(record)}")
+    if result["quarantined"] > len(result["first_bad"]):
+        print(f"  quarantined: {result['quarantined'] - len(result['first_bad'])} more")
+
+
+def describe_bad(record: Mapping[str, str]) -> str:
+    """A quarantine record as one line."""
+    return f"{record['shard']} {record['key']!r} ({record['stage']}): {record['reason']}"

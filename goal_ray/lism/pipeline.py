@@ -1,220 +1,304 @@
-"""The Ray Data pipeline: read and decode (CPU tasks) → propose (actors) → match (actors); rows come back in any order.
+"""The Ray Data pipeline: read and decode (CPU tasks) → propose (actors) → match (actors), in no fixed order.
 
-Rows carry a picture from decoding to matching and only its pairs after that. A row with `error` set passes every later
-stage untouched. Columns: shard, sample (number within the shard), last (is it the shard's last), key, error; then
-caption, pixels (RGB bytes), shape (H, W), size (W, H of the stored picture), regions, and finally pairs and counts.
+What travels is a group: a few consecutive samples of one shard, as one row of the dataset and one block of its own.
+Which samples are batched together therefore depends on the shard alone, not on actors, timing or an earlier
+interruption, and so do the last digits of floats; and a group is small enough to bound the memory of every stage.
 """
 
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+import logging
+import pickle
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from goal_ray.errors import CaptionError, GoalRayError, ShardError
+from goal_ray.errors import CaptionError, GoalRayError, ShardError, StageError
 from goal_ray.images import decode_image, shrink
 from goal_ray.lism.config import LismConfig
 from goal_ray.lism.matching import Matcher, MatchTask
-from goal_ray.pairs import PairRecord, Region
+from goal_ray.pairs import Pair, PairRecord, Region
 from goal_ray.ray_session import quiet_ray_data
-from goal_ray.regions import usable
+from goal_ray.regions import Regions, usable
 from goal_ray.shards import Sample, shard_name, stream_samples
 from goal_ray.text import split_sentences
 
-Row = dict[str, Any]
+GROUP_BYTES = 128 * 2**20  # of pixels; a block holds one group
 
 
-def stream_rows(shards: list[str], config: LismConfig, provenance: dict[str, Any], use_gpu: bool) -> Iterator[Row]:
-    """Runs the pipeline over shards; yields a row for every sample: `pairs` (bytes) or `error` (stage and reason)."""
+class WorkerLost(StageError):
+    """A process of the pipeline died: killed for memory, crashed in native code, gone with its node."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a sample cannot be used: the stage that found out, and the reason for people."""
+
+    stage: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Item:
+    """A sample on its way; one with a problem passes every later stage untouched.
+
+    number       counts the samples of the shard from 0
+    key          its key, printable
+    size_bytes   of its members in the tar
+    sentences    character offsets into the caption
+    size         (W, H) of the stored picture
+    picture_HW3  the working picture, RGB uint8, from decoding to matching
+    regions      on the working picture, from proposing to matching
+    record       pairs.json, in the end
+    """
+
+    number: int
+    key: str
+    size_bytes: int = 0
+    problem: Problem | None = None
+    caption: str = ""
+    sentences: tuple[tuple[int, int], ...] = ()
+    size: tuple[int, int] = (0, 0)
+    picture_HW3: np.ndarray | None = None
+    regions: Regions | None = None
+    record: bytes = b""
+
+    def failed(self, stage: str, error: Exception) -> "Item":
+        """The item as the quarantine will record it."""
+        return Item(self.number, self.key, self.size_bytes, Problem(stage, describe(error)))
+
+
+def describe(error: Exception) -> str:
+    """An error for people: its message, with its type unless that is one of ours."""
+    return str(error) if isinstance(error, GoalRayError) else f"{type(error).__name__}: {error}"
+
+
+Stage = Callable[[list[Item]], list[Item]]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Consecutive samples of shard number `shard`; the shard's last group says so.
+
+    failure  what makes the whole run impossible (storage fails, a model does not load). It travels here, since Ray Data
+             would bury it in tracebacks, and start the actor again.
+    """
+
+    shard: int
+    items: list[Item]
+    last: bool = False
+    failure: str = ""
+
+    def to_row(self) -> dict[str, bytes]:
+        """The group as a row of a dataset."""
+        return {"group": pickle.dumps(self, protocol=5)}
+
+    @staticmethod
+    def from_row(row: dict[str, bytes]) -> "Group":
+        """The group in a row."""
+        return pickle.loads(row["group"])
+
+
+def stream_groups(
+    shards: Sequence[str], config: LismConfig, provenance: dict[str, Any], use_gpu: bool
+) -> Iterator[Group]:
+    """Runs the pipeline over shards; every sample of them comes back once, with a record or a problem.
+
+    Raises StageError where the run cannot go on, WorkerLost where another attempt may.
+    """
     import ray.data
     from ray.data import ActorPoolStrategy
+    from ray.exceptions import RayError
+    from ray.util.annotations import RayDeprecationWarning
 
     quiet_ray_data(preserve_order=False)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it would say is in the StageError
     device = "cuda" if use_gpu else "cpu"
-    resources = {"num_gpus": config.gpus_per_actor} if use_gpu else {"num_cpus": 1}
-    items = [{"number": number, "url": url} for number, url in enumerate(shards)]
-    dataset = (
-        ray.data.from_items(items, override_num_blocks=len(items))
-        .flat_map(lambda item: read_rows(item["number"], item["url"], config))
-        .map_batches(
-            ProposeRegions,
-            fn_constructor_args=(config, device),
-            batch_size=config.images_per_batch,
+    resources: dict[str, Any] = {"num_gpus": config.gpus_per_actor} if use_gpu else {"num_cpus": 1}
+    # By default Ray Data would restart an actor without end, also one that the same picture kills every time.
+    resources["max_restarts"] = 0
+    items = [{"shard": number, "url": url} for number, url in enumerate(shards)]
+    # Any, since `map` is typed for functions only.
+    groups: Any = ray.data.from_items(items, override_num_blocks=len(items)).flat_map(
+        lambda item: (group.to_row() for group in read_groups(item["shard"], item["url"], config))
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RayDeprecationWarning)  # of max_restarts, for which there is no other way yet
+        dataset = groups.map(
+            StageActor,
+            fn_constructor_args=("propose", partial(ProposeRegions, config, device)),
             compute=ActorPoolStrategy(min_size=config.proposer_actors[0], max_size=config.proposer_actors[1]),
             **resources,
-        )
-        .map_batches(
-            MatchSentences,
-            fn_constructor_args=(config, provenance, device),
-            batch_size=config.images_per_batch,
+        ).map(
+            StageActor,
+            fn_constructor_args=("match", partial(MatchSentences, config, provenance, device)),
             compute=ActorPoolStrategy(min_size=config.matcher_actors[0], max_size=config.matcher_actors[1]),
             **resources,
         )
-    )
-    yield from dataset.iter_rows()
+    dataset.context.target_max_block_size = 1  # every row fills a block
+    try:
+        for row in dataset.iter_rows():
+            group = Group.from_row(row)
+            if group.failure:
+                raise StageError(f"{group.failure}; mend it and run the same command again, it goes on")
+            yield group
+    except RayError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise WorkerLost(f"a worker died: {reason}; run the same command again, it goes on") from error
 
 
-def read_rows(shard: int, url: str, config: LismConfig) -> Iterator[Row]:
-    """Decoded rows of one tar. Its last row says so, that the shard's end is known downstream."""
-    held: Row | None = None
+def read_groups(shard: int, url: str, config: LismConfig) -> Iterator[Group]:
+    """The decoded samples of a tar: at most `images_per_batch` a group, and about GROUP_BYTES of pixels."""
+    held: list[Item] = []
+    held_bytes = 0
+    try:
+        for item in read_items(url, config):
+            if len(held) == config.images_per_batch or held_bytes > GROUP_BYTES:
+                yield Group(shard, held)
+                held, held_bytes = [], 0
+            held.append(item)
+            held_bytes += 0 if item.picture_HW3 is None else item.picture_HW3.nbytes
+        yield Group(shard, held, last=True)
+    # Every storage has errors of its own. None of them says anything against the tar.
+    except Exception as error:
+        yield Group(shard, [], failure=f"{url} cannot be read: {describe(error)}")
+
+
+def read_items(url: str, config: LismConfig) -> Iterator[Item]:
+    """The decoded samples of a tar, at least one; the damaged end of a tar, and an empty tar, count as a bad sample.
+
+    Raises whatever the storage raises.
+    """
     number = 0
     try:
         for sample in stream_samples(url):
-            if held is not None:
-                yield held
-            held = decode_row(empty_row(shard, number, sample.key), sample, config)
+            yield decode(Item(number, printable(sample.key), sum(map(len, sample.members.values()))), sample, config)
             number += 1
     except ShardError as error:
-        if held is not None:
-            yield held
-        held = failed(empty_row(shard, number, error.key), "read", error)
-    if held is None:
-        held = failed(empty_row(shard, 0, ""), "read", ShardError(f"{shard_name(url)} holds no sample"))
-    yield {**held, "last": True}
+        yield Item(number, printable(error.key)).failed("read", error)
+        return
+    if not number:
+        yield Item(0, "").failed("read", ShardError(f"{shard_name(url)} holds no sample"))
 
 
-def empty_row(shard: int, sample: int, key: str) -> Row:
-    """A row with every column, so that all blocks have one schema."""
-    return {
-        "shard": shard,
-        "sample": sample,
-        "last": False,
-        "key": key,
-        "error": "",
-        "caption": "",
-        "pixels": b"",
-        "shape": [0, 0],
-        "size": [0, 0],
-    }
+def printable(key: str) -> str:
+    """A key with the bytes that are not UTF-8 (tarfile's surrogates) as escapes, so that it can be stored as text."""
+    return key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def failed(row: Row, stage: str, error: Exception) -> Row:
-    """The row as the quarantine will record it."""
-    reason = str(error) if isinstance(error, GoalRayError) else f"{type(error).__name__}: {error}"
-    return {**row, "error": json.dumps({"stage": stage, "reason": reason}, ensure_ascii=False), "pixels": b""}
-
-
-def decode_row(row: Row, sample: Sample, config: LismConfig) -> Row:
-    """Fills in caption and picture, or the error."""
+def decode(item: Item, sample: Sample, config: LismConfig) -> Item:
+    """Fills in caption, sentences and picture, or the problem."""
     try:
         caption = sample.caption()
+        sentences = tuple(split_sentences(caption, config.language))
+        if not sentences:
+            raise CaptionError(f"caption of sample {item.key!r} holds no sentence, only {caption.strip()[:40]!r}")
         image = decode_image(sample.image_bytes(), config.max_pixels)
     except GoalRayError as error:
-        return failed(row, "decode", error)
-    working = shrink(image, config.max_side_px)
-    return {
-        **row,
-        "caption": caption,
-        "pixels": working.tobytes(),
-        "shape": [working.height, working.width],
-        "size": [image.width, image.height],
-    }
+        return item.failed("decode", error)
+    picture_HW3 = np.asarray(shrink(image, config.max_side_px))
+    return replace(item, caption=caption, sentences=sentences, size=image.size, picture_HW3=picture_HW3)
 
 
-def pixels_of(row: Row) -> np.ndarray:
-    """The working picture of a row, (H, W, 3) uint8, without a copy."""
-    height, width = row["shape"]
-    return np.frombuffer(row["pixels"], np.uint8).reshape(height, width, 3)
-
-
-def map_good(rows: list[Row], stage: str, work: Callable[[list[Row]], list[Row]]) -> list[Row]:
-    """Applies a batched stage to the rows without an error; where the batch fails, row by row, to find the culprit.
+def map_good(group: Group, stage: str, work: Stage) -> Group:
+    """Applies a batched stage to the items without a problem; where the batch fails, one by one, to find the culprit.
 
     This is the one place that catches everything: a sample that breaks a model must not break the run.
     """
-    good = [row for row in rows if not row["error"]]
+    good = [item for item in group.items if item.problem is None]
     try:
         done = work(good) if good else []
     except Exception:
-        done = []
-        for row in good:
-            try:
-                done += work([row])
-            except Exception as error:
-                done.append(failed(row, stage, error))
-    by_sample = {(row["shard"], row["sample"]): row for row in done}
-    return [by_sample.get((row["shard"], row["sample"]), row) for row in rows]
+        done = [alone(item, stage, work) for item in good]
+    by_number = {item.number: item for item in done}
+    return replace(group, items=[by_number.get(item.number, item) for item in group.items])
 
 
-def to_rows(batch: dict[str, np.ndarray]) -> list[Row]:
-    """Columns to rows."""
-    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+def alone(item: Item, stage: str, work: Stage) -> Item:
+    """Applies a stage to one item."""
+    try:
+        return work([item])[0]
+    except Exception as error:
+        return item.failed(stage, error)
 
 
-def to_columns(rows: list[Row], names: list[str]) -> dict[str, list[Any]]:
-    """Rows to columns."""
-    return {name: [row[name] for row in rows] for name in names}
+class StageActor:
+    """Actor: applies a stage to the groups that reach it.
+
+    stage  its name in the quarantine
+    build  loads what it needs; where that fails the actor stands, and fails its groups (see `Group.failure`)
+    """
+
+    def __init__(self, stage: str, build: Callable[[], Stage]):
+        self.stage = stage
+        self.failure = ""
+        try:
+            self.work = build()
+        except Exception as error:
+            self.failure = f"cannot start to {stage}: {describe(error)}"
+
+    def __call__(self, row: dict[str, bytes]) -> dict[str, bytes]:
+        group = Group.from_row(row)
+        failure = group.failure or self.failure
+        if failure:
+            return Group(group.shard, [], failure=failure).to_row()
+        return map_good(group, self.stage, self.work).to_row()
 
 
 class ProposeRegions:
-    """Actor: adds `regions`, a JSON list of {box, score, source} on the working picture."""
+    """Stage: adds `regions`, filtered by area."""
 
     def __init__(self, config: LismConfig, device: str):
-        self.config = config
+        self.limits = config.min_area, config.max_area
         self.proposer = config.proposer.build(device)
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        rows = [{**row, "regions": "[]"} for row in to_rows(batch)]
-        rows = map_good(rows, "propose", self.propose)
-        return to_columns(rows, [*batch, "regions"])
-
-    def propose(self, rows: list[Row]) -> list[Row]:
-        """Regions of every row, filtered by area."""
-        found = self.proposer.propose([pixels_of(row) for row in rows])
-        result = []
-        for row, regions in zip(rows, found, strict=True):
-            height, width = row["shape"]
-            kept = usable(regions, (int(width), int(height)), self.config.min_area, self.config.max_area)
-            listed = [
-                {"box": [float(x) for x in box], "score": float(score), "source": kept.source}
-                for box, score in zip(kept.boxes_px, kept.scores, strict=True)
-            ]
-            result.append({**row, "regions": json.dumps(listed)})
-        return result
+    def __call__(self, items: list[Item]) -> list[Item]:
+        pictures = [item.picture_HW3 for item in items if item.picture_HW3 is not None]
+        found = zip(items, pictures, self.proposer.propose(pictures), strict=True)
+        return [
+            replace(item, regions=usable(regions, (picture.shape[1], picture.shape[0]), *self.limits))
+            for item, picture, regions in found
+        ]
 
 
 class MatchSentences:
-    """Actor: replaces the picture by `pairs`, the sample's pairs.json, and `similarities` of its pairs."""
-
-    COLUMNS = ("shard", "sample", "last", "key", "error", "pairs")
+    """Stage: replaces picture and regions by `record`; all crops and sentences go through the model together."""
 
     def __init__(self, config: LismConfig, provenance: dict[str, Any], device: str):
-        self.config = config
         self.provenance = provenance
         self.matcher = Matcher(config.matcher, device)
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        rows = [{**row, "pairs": b""} for row in to_rows(batch)]
-        return to_columns(map_good(rows, "match", self.match), list(self.COLUMNS))
+    def __call__(self, items: list[Item]) -> list[Item]:
+        matched = zip(items, self.matcher.match([as_task(item) for item in items]), strict=True)
+        return [
+            Item(item.number, item.key, item.size_bytes, record=self.record(item, pairs)) for item, pairs in matched
+        ]
 
-    def match(self, rows: list[Row]) -> list[Row]:
-        """The pairs of every row; all their crops and sentences go through the model together."""
-        regions, spans, tasks = [], [], []
-        for row in rows:
-            height, width = row["shape"]
-            whole = Region((0.0, 0.0, float(width), float(height)), 1.0, "image")
-            regions.append(
-                [whole, *(Region(tuple(r["box"]), r["score"], r["source"]) for r in json.loads(row["regions"]))]
-            )
-            spans.append(split_sentences(row["caption"], self.config.language))
-            if not spans[-1]:
-                raise CaptionError(f"caption of sample {row['key']!r} holds no sentence")
-            boxes = np.array([region.box for region in regions[-1]], np.float32)
-            tasks.append(MatchTask(pixels_of(row), boxes, [row["caption"][a:b] for a, b in spans[-1]]))
-        matched = self.matcher.match(tasks)
-        result = []
-        for row, candidates, sentences, pairs in zip(rows, regions, spans, matched, strict=True):
-            scale = (row["size"][0] / row["shape"][1], row["size"][1] / row["shape"][0])
-            stored = tuple(replace(region, box=scale_box(region.box, scale, row["size"])) for region in candidates)
-            size = (int(row["size"][0]), int(row["size"][1]))
-            record = PairRecord(size, tuple(sentences), stored, tuple(pairs), self.provenance)
-            result.append({**row, "pairs": record.to_bytes()})
-        return result
+    def record(self, item: Item, pairs: list[Pair]) -> bytes:
+        """The pairs.json of an item, its boxes in pixels of the stored picture."""
+        assert item.picture_HW3 is not None
+        assert item.regions is not None
+        (width, height), (shown_height, shown_width) = item.size, item.picture_HW3.shape[:2]
+        scale = (width / shown_width, height / shown_height)
+        whole = Region((0.0, 0.0, float(width), float(height)), 1.0, "image")
+        found = zip(item.regions.boxes_px.tolist(), item.regions.scores.tolist(), strict=True)
+        regions = [Region(scale_box(box, scale, item.size), score, item.regions.source) for box, score in found]
+        return PairRecord(item.size, item.sentences, (whole, *regions), tuple(pairs), self.provenance).to_bytes()
+
+
+def as_task(item: Item) -> MatchTask:
+    """What the matcher sees of an item: the whole picture is the first of its candidates."""
+    assert item.picture_HW3 is not None
+    assert item.regions is not None
+    height, width = item.picture_HW3.shape[:2]
+    boxes_px_R4 = np.concatenate([np.array([[0, 0, width, height]], np.float32), item.regions.boxes_px])
+    return MatchTask(item.picture_HW3, boxes_px_R4, [item.caption[start:end] for start, end in item.sentences])
 
 
 def scale_box(
-    box: tuple[float, float, float, float], scale: tuple[float, float], size: tuple[int, int]
+    box: Sequence[float], scale: tuple[float, float], size: tuple[int, int]
 ) -> tuple[float, float, float, float]:
     """A box on the working picture, in pixels of the stored one."""
     x0, y0, x1, y1 = box

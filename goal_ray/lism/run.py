@@ -3,21 +3,26 @@
 import importlib.metadata
 import json
 import os
+import sys
 import time
 from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
 from goal_ray import __version__
 from goal_ray.config import to_tree, to_yaml
 from goal_ray.errors import StageError
 from goal_ray.lism.config import LismConfig
-from goal_ray.lism.output import OutputFolder, ShardCounts, summary, total_counts
-from goal_ray.lism.pipeline import Row, stream_rows
+from goal_ray.lism.output import OutputFolder, ShardCounts, describe_bad, summary
+from goal_ray.lism.pipeline import Item, WorkerLost, stream_groups
 from goal_ray.ray_session import ray_session
 from goal_ray.shards import expand_shards, shard_name
-from goal_ray.storage import exists, join, read_bytes, write_bytes
+from goal_ray.storage import exists, join, read_bytes, size_bytes, write_bytes
 from goal_ray.text import split_sentences
 
 RESULT_KEYS = ("proposer", "matcher", "language", "min_area", "max_area", "max_side_px", "max_pixels")
@@ -32,23 +37,33 @@ def run_lism(source: str, target: str, config: LismConfig) -> dict[str, Any]:
     Raises StageError for a target made with other settings, and when too many samples had to be quarantined.
     """
     began = time.perf_counter()
-    shards = [os.path.abspath(url) if os.path.exists(url) else url for url in expand_shards(source)]
+    shards = expand_shards(source)
     split_sentences("Refuses an unknown language before any work.", config.language)
+    config.proposer.check()
     target = target if "://" in target else os.path.abspath(target)
-    if any(join(target, shard_name(url)) == url for url in shards):
-        raise StageError(f"{target} holds the input; write to another folder")
     folder = OutputFolder(target)
+    taken = next((shard for shard in shards if resolved(folder.tar(shard)) == resolved(shard)), None)
+    if taken is not None:
+        raise StageError(f"the output would replace the input {taken}; write to another folder")
     check_settings(target, config)
-    missing = [shard for shard in shards if shard not in folder.finished(shards)]
-    if missing:
-        actors = config.proposer_actors[0] + config.matcher_actors[0]
-        with ray_session(busy_cpus=actors):
-            pair_shards(missing, folder, config)
-    counts = total_counts(folder, shards)
-    result = summary(counts, time.perf_counter() - began)
-    write_bytes(join(target, SUMMARY_FILE), json.dumps(result, indent=2).encode())
-    check_bad(counts, config.max_bad_share, folder, shards)
+    sizes = {shard: size_bytes(shard) for shard in shards}
+    finished = folder.finished(sizes)
+    if len(finished) < len(sizes):
+        with ray_session(busy_cpus=config.proposer_actors[0] + config.matcher_actors[0]):
+            pair_missing(sizes, finished, folder, config)
+    result = summary((finished[shard] for shard in shards), time.perf_counter() - began)
+    write_bytes(join(target, SUMMARY_FILE), json.dumps(result, indent=2, ensure_ascii=False).encode())
+    if result["quarantined"]:
+        check_bad(result["quarantined"], result["samples"], config.max_bad_share, result["first_bad"][0], folder)
     return result
+
+
+def resolved(url: str) -> tuple[str, str]:
+    """What two addresses of one file have in common: protocol and path, without links."""
+    fs, path = url_to_fs(url)
+    if isinstance(fs, LocalFileSystem):
+        return "file", os.path.realpath(path)
+    return fs.to_json(), path
 
 
 def check_settings(target: str, config: LismConfig) -> None:
@@ -65,8 +80,8 @@ def check_settings(target: str, config: LismConfig) -> None:
                 "use the same ones, or another folder"
             )
     else:
-        write_bytes(path, json.dumps(mine, indent=2).encode())
         write_bytes(join(target, "config.yaml"), to_yaml(config).encode())
+        write_bytes(path, json.dumps(mine, indent=2).encode())
 
 
 def provenance(config: LismConfig) -> dict[str, Any]:
@@ -76,62 +91,135 @@ def provenance(config: LismConfig) -> dict[str, Any]:
     return {"goal_ray": __version__, **{key: tree[key] for key in RESULT_KEYS}, "versions": versions}
 
 
-def pair_shards(shards: list[str], folder: OutputFolder, config: LismConfig) -> None:
-    """Runs the pipeline and finishes every shard as soon as all its samples are through."""
+def choose_gpu(config: LismConfig) -> bool:
+    """Whether actors run on GPUs. Raises StageError where the cluster has too little for even the least actors.
+
+    A cluster that was joined may grow, so there it is only said.
+    """
     import ray
 
-    use_gpu = config.device == "cuda" or (config.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
-    if use_gpu and ray.cluster_resources().get("GPU", 0) < config.gpus_per_actor:
-        raise StageError("device=cuda, but the cluster has no GPU; use device=cpu")
-    finish = ray.remote(finish_shard)
-    waiting: dict[int, dict[int, Row]] = defaultdict(dict)
-    sizes: dict[int, int] = {}
-    writing: list[Any] = []
-    quarantined = 0
-    bar = tqdm(desc="lism", unit=" images", dynamic_ncols=True)
-    with bar:
-        for row in stream_rows(shards, config, provenance(config), use_gpu):
-            number = row["shard"]
-            waiting[number][row["sample"]] = row
-            if row["last"]:
-                sizes[number] = row["sample"] + 1
-            quarantined += bool(row["error"])
-            bar.update()
-            bar.set_postfix_str(f"{len(sizes)}/{len(shards)} shards read, {quarantined} quarantined", refresh=False)
-            if len(waiting[number]) == sizes.get(number):
-                writing.append(finish.remote(shards[number], list(waiting.pop(number).values()), folder))
-            if row["error"] and quarantined > EARLY_BAD and quarantined > config.max_bad_share * bar.n:
-                raise StageError(
-                    f"{quarantined} of the first {bar.n} samples could not be used, more than "
-                    f"max_bad_share={config.max_bad_share}; the last: {shards[number]} {row['key']!r}: {row['error']}"
-                )
-        ray.get(writing)
+    have = ray.cluster_resources()
+    on_gpu = config.device == "cuda" or (config.device == "auto" and have.get("GPU", 0) > 0)
+    actors = config.proposer_actors[0] + config.matcher_actors[0]
+    reading = 1
+    needed = {"GPU": actors * config.gpus_per_actor, "CPU": reading} if on_gpu else {"CPU": actors + reading}
+    for name, amount in needed.items():
+        if have.get(name, 0) < amount:
+            problem = f"{actors} actors and reading need {amount:g} {name}s, and the cluster has {have.get(name, 0):g}"
+            if not os.environ.get("RAY_ADDRESS"):
+                raise StageError(f"{problem}; change proposer_actors, matcher_actors, gpus_per_actor or device")
+            print(f"waiting for the cluster to grow: {problem}", file=sys.stderr)
+    return on_gpu
+
+
+def pair_missing(
+    sizes: Mapping[str, int], finished: dict[str, ShardCounts], folder: OutputFolder, config: LismConfig
+) -> None:
+    """Pairs the shards that are not in `finished` and puts them there, anew after the loss of a worker.
+
+    sizes  shard -> bytes of its tar
+
+    Raises WorkerLost when an attempt ended so without finishing any shard: then it is no accident.
+    """
+    while missing := {shard: size for shard, size in sizes.items() if shard not in finished}:
+        before = len(finished)
+        try:
+            pair_shards(missing, finished, folder, config)
+        except WorkerLost as error:
+            if len(finished) == before:
+                raise
+            print(f"{error}; trying", file=sys.stderr)
+
+
+def pair_shards(
+    sizes: Mapping[str, int], finished: dict[str, ShardCounts], folder: OutputFolder, config: LismConfig
+) -> None:
+    """Runs the pipeline over all of `sizes` and finishes every shard as soon as all its samples are through."""
+    import ray
+
+    on_gpu, finish = choose_gpu(config), ray.remote(finish_shard)
+    shards, before = list(sizes), len(finished)
+    waiting: dict[int, list[Item]] = defaultdict(list)
+    expected: dict[int, int] = {}
+    writing: dict[Any, str] = {}
+    samples = quarantined = 0
+    with tqdm(desc="lism", total=sum(sizes.values()), unit="B", unit_scale=True, dynamic_ncols=True) as bar:
+        for group in stream_groups(shards, config, provenance(config), on_gpu):
+            shard, items = shards[group.shard], waiting[group.shard]
+            items += group.items
+            bad = [item for item in group.items if item.problem is not None]
+            samples, quarantined = samples + len(group.items), quarantined + len(bad)
+            if bad and quarantined > EARLY_BAD:
+                check_bad(quarantined, samples, config.max_bad_share, bad_record(shard, bad[-1]), folder)
+            bar.update(size_of(group.items))
+            if group.last:
+                expected[group.shard] = group.items[-1].number + 1
+            if len(items) == expected.get(group.shard):
+                writing[finish.remote(shard, sizes[shard], waiting.pop(group.shard), folder)] = shard
+                bar.update(sizes[shard] - size_of(items))  # headers and padding; what lies behind a tar's damage
+            finished.update(collect(writing, timeout_s=0))
+            state = f"{samples} images, {len(finished) - before}/{len(shards)} shards, {quarantined} bad"
+            bar.set_postfix_str(state, refresh=False)
+        finished.update(collect(writing, timeout_s=None))
+        bar.set_postfix_str(f"{samples} images, {len(shards)} shards, {quarantined} bad")
     if waiting:
         raise StageError(f"{len(waiting)} shards came back incomplete; run the same command again")
 
 
-def finish_shard(shard: str, rows: list[Row], folder: OutputFolder) -> None:
-    """Writes one shard's outputs from its rows."""
-    counts, pairs, bad = ShardCounts(), {}, []
-    for row in sorted(rows, key=lambda row: row["sample"]):
-        if row["error"]:
-            counts.add_bad()
-            bad.append({"shard": shard_name(shard), "key": row["key"], **json.loads(row["error"])})
+def size_of(items: list[Item]) -> int:
+    """Bytes of samples in their tar."""
+    return sum(item.size_bytes for item in items)
+
+
+def collect(writing: dict[Any, str], timeout_s: float | None) -> dict[str, ShardCounts]:
+    """Takes the shards out of `writing` that are written by now, or all. Raises StageError for one that failed."""
+    import ray
+
+    if not writing:
+        return {}
+    ready, _ = ray.wait(list(writing), num_returns=len(writing), timeout=timeout_s)
+    finished = {}
+    for reference in ready:
+        shard = writing.pop(reference)
+        try:
+            finished[shard] = ray.get(reference)
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None) or error
+            raise StageError(
+                f"the pairs of {shard_name(shard)} cannot be written: {type(cause).__name__}: {cause}; "
+                "mend it and run the same command again, it goes on"
+            ) from None
+    return finished
+
+
+def finish_shard(shard: str, source_bytes: int, items: list[Item], folder: OutputFolder) -> ShardCounts:
+    """Writes one shard's outputs from its samples."""
+    counts, pairs, bad = ShardCounts(source_bytes), {}, []
+    for item in sorted(items, key=lambda item: item.number):
+        if item.problem is not None:
+            bad.append(bad_record(shard, item))
+            counts.add_bad(bad[-1])
             continue
-        record = json.loads(row["pairs"])
+        record = json.loads(item.record)
         regions = record["regions"]
         whole = sum(regions[pair["region"]]["source"] == "image" for pair in record["pairs"])
         counts.add_pairs(len(regions) - 1, [pair["similarity"] for pair in record["pairs"]], whole)
-        pairs[int(row["sample"])] = row["pairs"]
+        pairs[item.number] = item.record
     folder.finish(shard, pairs, bad, counts)
+    return counts
 
 
-def check_bad(counts: ShardCounts, max_bad_share: float, folder: OutputFolder, shards: list[str]) -> None:
-    """Raises StageError when more samples are in the quarantine than the run allows."""
-    if counts.quarantined > max_bad_share * counts.samples:
-        first = next(record for shard in shards for record in folder.quarantine(shard))
+def bad_record(shard: str, item: Item) -> dict[str, str]:
+    """The quarantine's record of a sample."""
+    assert item.problem is not None
+    return {"shard": shard_name(shard), "key": item.key, **asdict(item.problem)}
+
+
+def check_bad(bad: int, samples: int, max_bad_share: float, example: dict[str, str], folder: OutputFolder) -> None:
+    """Raises StageError where more samples are bad than the run allows."""
+    if bad > max_bad_share * samples:
         raise StageError(
-            f"{counts.quarantined} of {counts.samples} samples are in the quarantine, more than "
-            f"max_bad_share={max_bad_share}; the first: {first['shard']} {first['key']!r} ({first['stage']}): "
-            f"{first['reason']}; all of them: {folder.url}/quarantine/"
+            f"{bad} of {samples} samples cannot be used, more than max_bad_share={max_bad_share}; one of them: "
+            f"{describe_bad(example)}; the finished shards' are in {join(folder.url, 'quarantine')}. What is done "
+            "stays: mend the input, or raise max_bad_share, and run the same command again"
         )

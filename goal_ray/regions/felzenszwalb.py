@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
+from scipy import ndimage  # type: ignore[import-untyped]
 
 from goal_ray.config import strict
 from goal_ray.images import shrink
@@ -46,6 +46,9 @@ class FelzenszwalbConfig:
         for name in ("min_size", "side_px"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
+
+    def check(self) -> None:
+        """Nothing is needed."""
 
     def build(self, device: str = "cpu") -> RegionProposer:  # noqa: ARG002 (every config's build takes a device)
         """The proposer; it runs on the CPU whatever the device."""

@@ -30,6 +30,9 @@ class GridConfig:
         if not 0 <= self.overlap < 1:
             raise ValueError(f"overlap must be in [0, 1), not {self.overlap}")
 
+    def check(self) -> None:
+        """Nothing is needed."""
+
     def build(self, device: str = "cpu") -> RegionProposer:  # noqa: ARG002 (every config's build takes a device)
         """The proposer."""
         return GridProposer(self)

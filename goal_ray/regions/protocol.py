@@ -26,7 +26,7 @@ class Regions:
 
 
 class RegionProposer(Protocol):
-    """Finds regions. A config's `build(device)` makes one."""
+    """Finds regions. A config's `build(device)` makes one; its `check()` tells what is missing, and loads nothing."""
 
     def propose(self, images: Sequence[np.ndarray]) -> list[Regions]:
         """The regions of each image, (H, W, 3) uint8 RGB; sizes may differ."""

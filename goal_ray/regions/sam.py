@@ -8,6 +8,7 @@ own masks (256 × 256), which are never enlarged to the image: an edge is exact 
 import hashlib
 import os
 import pickle
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -60,6 +61,10 @@ class SamConfig:
         for name in ("points_per_side", "points_per_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
+
+    def check(self) -> None:
+        """Raises ModelError for a missing checkpoint."""
+        find_checkpoint(self.checkpoint)
 
     def build(self, device: str = "cpu") -> RegionProposer:
         """Loads the model. Raises ModelError for a missing, changed or unfitting checkpoint."""
@@ -172,7 +177,8 @@ def load_sam(path: Path) -> Any:
         sam = empty_sam({name: tuple(tensor.shape) for name, tensor in state.items()})
         sam.load_state_dict(state)
     except (pickle.UnpicklingError, SafetensorError, EOFError, OSError) as error:
-        raise ModelError(f"{path}: damaged, or not a weights file: {error}; download it again") from error
+        reason = textwrap.shorten(str(error), 200)  # torch explains at length
+        raise ModelError(f"{path}: damaged, or not a weights file: {reason}; download it again") from error
     except (AttributeError, KeyError, IndexError, RuntimeError) as error:
         raise ModelError(f"{path}: not a SAM checkpoint: {error}; one of {', '.join(OFFICIAL)} is") from error
     return sam.eval()
