@@ -9,8 +9,8 @@ from goal_ray.errors import ConfigError
 DESCRIPTION = """Run every stage for real on this machine, and measure what GOAL brings.
 
 Draws scenes; trains a small CLIP on short captions as the start; finds local pairs with LISM; then, from that same
-start, fine-tunes on few long captions (a) with the global loss only and (b) with GOAL: same steps, same data order. Both
-are evaluated on held-out scenes. Needs no GPU, no downloads, about 10 minutes on 2 cores, and 1 GB of disk.
+start, fine-tunes on few long captions (a) with the global loss only and (b) with GOAL: same steps, same data order.
+Both are evaluated on held-out scenes. Needs no GPU, no downloads, about 10 minutes on 2 cores, and 1 GB of disk.
 
 OUT gets the scenes, the runs, demo.json with all numbers, and report.html. Run the same command again after an
 interruption: it goes on."""

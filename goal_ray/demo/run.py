@@ -25,6 +25,7 @@ RESULT_FILE = "demo.json"
 MODELS = {"start": "start", "global": "global loss only", "goal": "GOAL"}
 GLOBAL_ONLY = ("loss.weight_local=0", "loss.weight_tsl_image=0", "loss.weight_tsl_text=0", "name=global")
 DIRECTIONS = ("text_to_image", "image_to_text")
+RECALLS = ("R@1", "R@5")
 
 
 @dataclass(frozen=True)
@@ -111,19 +112,19 @@ def fit(recipe: str, folder: Path, seed: int, shards: str, model: str, more: Seq
 def print_result(result: Mapping[str, Any], folder: Path) -> None:
     """Prints one seed's table."""
     lism, count = result["lism"], result["models"]["goal"]["count"]
+    columns = [(f"{at} {direction.replace('_to_', '→')}", direction, at) for at in RECALLS for direction in DIRECTIONS]
     print(f"\nretrieval among {count} held-out scenes, in percent (seed {result['seed']}, {result['seconds']:.0f} s)")
-    print(
-        f"{'':<20}{'R@1 text→image':>16}{'R@1 image→text':>16}{'R@5 text→image':>16}{'R@5 image→text':>16}{'seconds':>9}"
-    )
+    print(f"{'':<18}" + "".join(f"{title:>17}" for title, *_ in columns) + f"{'training, s':>13}")
     for name, label in MODELS.items():
         model = result["models"][name]
-        recalls = [model[direction][at] for at in ("R@1", "R@5") for direction in DIRECTIONS]
-        print(f"{label:<20}" + "".join(f"{recall:>16.1f}" for recall in recalls) + f"{model['train_seconds']:>9.0f}")
+        recalls = "".join(f"{model[direction][at]:>17.1f}" for _, direction, at in columns)
+        print(f"{label:<18}{recalls}{model['train_seconds']:>13.0f}")
+    right, found = 100 * lism["right_region"], 100 * lism["object_recall"]
     print(
-        f"LISM against the truth: {100 * lism['right_region']:.1f} % of {lism['sentences']} sentences have a region with "
-        f"IoU ≥ 0.5 on the right object ({100 * lism['object_recall']:.1f} % of the objects have one at all)"
+        f"LISM: {right:.1f} % of {lism['sentences']} sentences got a region with IoU ≥ 0.5 on the object they speak of;"
     )
-    print(f"pictures and curves: {result['report']}   all numbers: {folder / RESULT_FILE}")
+    print(f"      {found:.1f} % of the objects have a proposed region with IoU ≥ 0.5")
+    print(f"curves and pictures: {result['report']}\nall numbers: {folder / RESULT_FILE}")
 
 
 def spread(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -137,10 +138,7 @@ def spread(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return [result["models"][name][direction][at] for result in results]
 
     table = {
-        name: {
-            direction: {at: over_seeds(recalls(name, direction, at)) for at in ("R@1", "R@5")}
-            for direction in DIRECTIONS
-        }
+        name: {direction: {at: over_seeds(recalls(name, direction, at)) for at in RECALLS} for direction in DIRECTIONS}
         for name in MODELS
     }
     gains = {
@@ -154,10 +152,12 @@ def spread(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def print_spread(summary: Mapping[str, Any]) -> None:
     """Prints the table over seeds: mean ± sample standard deviation."""
-    print(f"\nover {len(summary['seeds'])} seeds, mean ± standard deviation, in percent")
-    print(f"{'':<20}{'R@1 text→image':>18}{'R@1 image→text':>18}")
-    rows = {label: summary["models"][name] for name, label in MODELS.items()}
-    values = {label: [row[direction]["R@1"] for direction in DIRECTIONS] for label, row in rows.items()}
-    values["GOAL - global"] = [summary["goal_minus_global_R@1"][direction] for direction in DIRECTIONS]
-    for label, pair in values.items():
-        print(f"{label:<20}" + "".join(f"{f'{value['mean']:.1f} ± {value['std']:.1f}':>18}" for value in pair))
+    print(f"\nR@1 over {len(summary['seeds'])} seeds, mean ± standard deviation, in percent")
+    print(f"{'':<18}" + "".join(f"{direction.replace('_to_', '→'):>17}" for direction in DIRECTIONS))
+    rows = {
+        label: [summary["models"][name][direction]["R@1"] for direction in DIRECTIONS] for name, label in MODELS.items()
+    }
+    rows["GOAL - global"] = [summary["goal_minus_global_R@1"][direction] for direction in DIRECTIONS]
+    for label, values in rows.items():
+        cells = [f"{value['mean']:.1f} ± {value['std']:.1f}" for value in values]
+        print(f"{label:<18}" + "".join(f"{cell:>17}" for cell in cells))
