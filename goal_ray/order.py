@@ -1,6 +1,7 @@
 """Which sample is read when: a function of counts, seed, epoch and step alone, the same for any number of workers."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -48,15 +49,17 @@ class BatchOrder:
         count = self.counts[shard]
         return np.stack([np.full(count, shard, dtype=np.int64), np.arange(count, dtype=np.int64)], axis=1)
 
-    def micro_batches(self, epoch: int, first_step: int, rank: int, ranks: int, accumulate: int) -> list[np.ndarray]:
-        """One rank's micro-batches of an epoch from `first_step` on: a list of (rows per micro-batch, 2) arrays.
+    def micro_batch(self, number: int, rank: int, ranks: int, accumulate: int) -> tuple[int, np.ndarray]:
+        """(epoch, (n, 2) rows) of one rank's micro-batch; `number` counts them from the start of the run.
 
         The global batch of a step is the same rows whatever `ranks` and `accumulate` are.
         """
-        rows = self.epoch(epoch).reshape(self.steps_per_epoch, accumulate, ranks, -1, 2)
-        return list(rows[first_step:, :, rank].reshape(-1, *rows.shape[3:]))
+        step, part = divmod(number, accumulate)
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        rows = _epoch_rows(self, epoch).reshape(self.steps_per_epoch, accumulate, ranks, -1, 2)
+        return epoch, rows[step_in_epoch, part, rank]
 
 
-def locate_step(step: int, steps_per_epoch: int) -> tuple[int, int]:
-    """(epoch, step within the epoch) of a global step."""
-    return divmod(step, steps_per_epoch)
+@lru_cache(maxsize=2)
+def _epoch_rows(order: BatchOrder, epoch: int) -> np.ndarray:
+    return order.epoch(epoch)

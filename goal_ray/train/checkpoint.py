@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from goal_ray.errors import StageError
-from goal_ray.model import LoadedModel, save_model
+from goal_ray.model import CONFIG_FILE, WEIGHTS_FILE, LoadedModel, save_model
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
@@ -43,6 +44,20 @@ def resolve_checkpoint(path: Path) -> Path:
 def read_step(folder: Path) -> int:
     """The optimizer steps done when a checkpoint was made."""
     return int(json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["step"])
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Raises StageError for a checkpoint that lost a file or the end of one, from headers and sizes alone."""
+    try:
+        read_step(folder)
+        json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        for name in (WEIGHTS_FILE, OPTIMIZER_FILE):
+            with safe_open(folder / name, "pt"):
+                pass
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise StageError(
+            f"{folder} is damaged ({error}); delete this folder to go on from the checkpoint before it"
+        ) from None
 
 
 def save_checkpoint(run_dir: Path, engine: Any, loaded: LoadedModel, step: int) -> Path:
@@ -93,7 +108,7 @@ def allocate_averages(engine: Any, step: int) -> None:
     else:
         tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
     for tensor in tensors:
-        count = torch.tensor(float(step), device=tensor.device if optimizer.defaults["fused"] else "cpu")
+        count = torch.tensor(float(step), device=tensor.device)  # where the fused AdamW wants it
         optimizer.state[tensor] = {"step": count, **{key: torch.zeros_like(tensor) for key in AVERAGES}}
     if stage in (1, 2):
         engine.optimizer._lazy_init_hp_params_optimizer_state()
@@ -112,7 +127,7 @@ def _full_tensor(engine: Any, parameter: torch.nn.Parameter, key: str | None) ->
     return safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
 
 
-def _set_average(engine: Any, parameter: torch.nn.Parameter, key: str, value: torch.Tensor) -> None:
+def _set_average(engine: Any, parameter: Any, key: str, value: torch.Tensor) -> None:
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
     stage = engine.zero_optimization_stage()

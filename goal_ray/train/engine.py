@@ -19,14 +19,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, fused: bool) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW at learning rate 0: the loop sets the rate before every step, and ZeRO-3's dry first step moves nothing."""
     groups = parameter_groups(model, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=fused)
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
 
 
-def build_engine(model: GoalModel, config: TrainConfig, device: torch.device) -> Any:
-    """A DeepSpeed engine; the process group must exist. Precision is the model's own affair (autocast)."""
+def build_engine(model: GoalModel, config: TrainConfig) -> Any:
+    """A DeepSpeed engine where the model is; the process group must exist. Precision is the model's own affair."""
     import deepspeed
 
     settings = {
@@ -42,7 +42,7 @@ def build_engine(model: GoalModel, config: TrainConfig, device: torch.device) ->
             parameter.data = parameter.data.reshape(1)
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=build_optimizer(model, config.optimizer, fused=device.type == "cuda"),
+        optimizer=build_optimizer(model, config.optimizer),
         config=settings,
         dist_init_required=False,
     )

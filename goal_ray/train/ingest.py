@@ -5,119 +5,70 @@ runs comparable and resumable. So each worker streams its own plan instead of sh
 """
 
 import json
-from collections.abc import Iterator, Sequence
+import pickle
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
-
 from goal_ray.batches import ExampleBuilder, collate, pack
 from goal_ray.errors import CaptionError, ImageError, ShardError
+from goal_ray.order import BatchOrder
 from goal_ray.ray_session import quiet_ray_data
-from goal_ray.shards import (
-    CAPTION_EXTENSION,
-    PAIRS_EXTENSION,
-    Sample,
-    SampleIndex,
-    image_extension,
-    index_shard,
-)
-from goal_ray.storage import open_read
+from goal_ray.train.scan import bad_record, read_sample, scan_shard
 
 PREFETCH_BATCHES = 4
-
-
-@lru_cache(maxsize=64)
-def scan_shard(url: str, needs_pairs: bool) -> tuple[list[SampleIndex], list[dict[str, str]]]:
-    """The usable samples of a tar and the records of the others, from the tar's headers alone.
-
-    Raises ShardError on a corrupt tar.
-    """
-    usable, bad = [], []
-    needed = [CAPTION_EXTENSION, *([PAIRS_EXTENSION] if needs_pairs else [])]
-    for sample in index_shard(url):
-        try:
-            image_extension(sample.key, sample.members, sample.repeated)
-            for extension in needed:
-                if extension not in sample.members or extension in sample.repeated:
-                    remedy = "; run `goal-ray lism` on these shards" if extension == PAIRS_EXTENSION else ""
-                    raise ShardError(f"sample {sample.key!r} needs exactly one .{extension} member{remedy}")
-        except ShardError as error:
-            bad.append(bad_record(url, sample.key, "scan", error))
-        else:
-            usable.append(sample)
-    return usable, bad
-
-
-def bad_record(url: str, key: str, stage: str, error: Exception) -> dict[str, str]:
-    """The quarantine's record of one sample."""
-    return {"shard": url, "key": key, "stage": stage, "reason": f"{type(error).__name__}: {error}"}
-
-
-def scan_shards(urls: Sequence[str], needs_pairs: bool) -> tuple[list[int], list[dict[str, str]]]:
-    """Usable samples per tar and the records of all unusable ones; the tars are scanned in parallel."""
-    import ray
-
-    @ray.remote
-    def scan(url: str) -> tuple[int, list[dict[str, str]]]:
-        usable, bad = scan_shard(url, needs_pairs)
-        return len(usable), bad
-
-    try:
-        results = ray.get([scan.remote(url) for url in urls])
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
-    return [count for count, _ in results], [record for _, records in results for record in records]
+STREAM_BATCHES = 2000
 
 
 @dataclass(frozen=True)
 class BatchReader:
-    """Reads a micro-batch by its (shard, sample) rows; runs in Ray Data tasks.
+    """Reads one rank's micro-batches by their numbers; runs in Ray Data tasks.
+
+    builder  a pickled ExampleBuilder: its tokenizer takes longer to unpickle than a batch to read, so that every
+             process does it once
 
     Samples that turn out unreadable are left out of their batch and reported beside it.
     """
 
     urls: tuple[str, ...]
-    builder: ExampleBuilder
-    seed: int
+    order: BatchOrder
+    rank: int
+    ranks: int
+    accumulate: int
+    builder: bytes
 
-    def __call__(self, row: dict) -> dict:
+    def __call__(self, row: dict, first: int = 0) -> dict:
+        """The micro-batch `first` + row["id"], packed, and JSON records of the samples left out of it."""
+        builder = unpickled(self.builder)
+        epoch, rows = self.order.micro_batch(first + int(row["id"]), self.rank, self.ranks, self.accumulate)
         examples, bad = [], []
-        for shard, number in np.asarray(row["rows"]).reshape(-1, 2).tolist():
+        for shard, number in rows.tolist():
             url = self.urls[shard]
-            entry = scan_shard(url, self.builder.pairs > 0)[0][number]
+            entry = scan_shard(url, builder.pairs > 0)[0][number]
             try:
-                sample = read_sample(url, entry)
-                examples.append(self.builder(sample, url, self.seed + int(row["epoch"])))
+                examples.append(builder(read_sample(url, entry), url, self.order.seed + epoch))
             except (ImageError, CaptionError, ShardError) as error:
                 bad.append(bad_record(url, entry.key, "decode", error))
         return {"batch": pack(collate(examples)) if examples else b"", "bad": json.dumps(bad)}
 
 
-def read_sample(url: str, entry: SampleIndex) -> Sample:
-    """Reads the members that training uses, and no others."""
-    picture = image_extension(entry.key, entry.members, entry.repeated)
-    members = {}
-    with open_read(url) as file:
-        for extension in (picture, CAPTION_EXTENSION, PAIRS_EXTENSION):
-            if extension in entry.members:
-                offset, size = entry.members[extension]
-                file.seek(offset)
-                members[extension] = file.read(size)
-    return Sample(entry.key, members, entry.repeated)
+@lru_cache(maxsize=2)
+def unpickled(builder: bytes) -> ExampleBuilder:
+    """The builder of these bytes, the same object for the same bytes."""
+    return pickle.loads(builder)
 
 
-def stream_batches(
-    plan: Sequence[np.ndarray], reader: BatchReader, epoch: int
-) -> Iterator[tuple[bytes, list[dict[str, str]]]]:
-    """Packed micro-batches in the plan's order, each with the records of the samples it had to leave out."""
+def stream_batches(reader: BatchReader, first: int, last: int) -> Iterator[tuple[bytes, list[dict[str, str]]]]:
+    """Packed micro-batches `first` to `last` - 1 in order, each with the records of the samples left out of it.
+
+    A Ray Data execution takes seconds to start, so one spans many epochs, up to what its planner holds with ease.
+    """
     import ray.data
 
-    if not len(plan):
-        return
     quiet_ray_data(preserve_order=True)
-    items = [{"rows": rows.ravel(), "epoch": epoch} for rows in plan]
-    # One block per micro-batch, up to a point: a block is a task's unit of work and of prefetch.
-    dataset = ray.data.from_items(items, override_num_blocks=min(len(items), 2000)).map(reader)
-    for batch in dataset.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=PREFETCH_BATCHES):
-        yield bytes(batch["batch"][0]), json.loads(batch["bad"][0])
+    for start in range(first, last, STREAM_BATCHES):
+        count = min(last - start, STREAM_BATCHES)
+        # One block per micro-batch: a block is a task's unit of work and of prefetch.
+        dataset = ray.data.range(count, override_num_blocks=count).map(reader, fn_args=[start])
+        for batch in dataset.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=PREFETCH_BATCHES):
+            yield bytes(batch["batch"][0]), json.loads(batch["bad"][0])

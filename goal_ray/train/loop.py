@@ -1,9 +1,11 @@
 """What every training worker runs: build, resume, step, log, save."""
 
-import os
+import pickle
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,13 @@ from goal_ray.errors import StageError
 from goal_ray.geometry import PixelGeometry, ResizeConfig
 from goal_ray.losses import TERMS, GoalBatch, GoalModel
 from goal_ray.model import LoadedModel, ModelConfig, load_model
-from goal_ray.order import BatchOrder, locate_step
+from goal_ray.order import BatchOrder
 from goal_ray.text import CaptionEncoder
 from goal_ray.train.checkpoint import allocate_averages, load_averages, read_step, save_checkpoint
 from goal_ray.train.config import TrainConfig
 from goal_ray.train.engine import build_engine, set_learning_rate
 from goal_ray.train.ingest import BatchReader, stream_batches
+from goal_ray.train.scan import QUARANTINE_FILE, describe_bad
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Job:
 
     urls, counts  tars and the usable samples in each
     resume_from   checkpoint folder to go on from
-    send          takes a record to the driver; called on rank 0, returns at once
+    bad_allowed   how many samples may turn out unreadable before the run fails
+    send          takes a record to the driver, returns at once
     """
 
     config: TrainConfig
@@ -37,6 +41,7 @@ class Job:
     urls: tuple[str, ...]
     counts: tuple[int, ...]
     resume_from: Path | None
+    bad_allowed: int
     send: Callable[[dict[str, Any]], None]
 
 
@@ -46,18 +51,23 @@ def train_worker(job: Job, rank: int, ranks: int, device: torch.device) -> None:
     order = BatchOrder(job.counts, config.global_batch, config.seed, config.data.shuffle_shards)
     total_steps = config.total_steps(order.steps_per_epoch)
     start = config.model if job.resume_from is None else ModelConfig(str(job.resume_from))
+    job.send({"doing": "loading the model"})
     loaded = load_model(start, config.seed)
     first_step = 0 if job.resume_from is None else read_step(job.resume_from)
     preprocess = loaded.preprocess
     preprocess["resize_mode"] = "squash" if config.data.resize.mode == "squash" else "shortest"
-    model = GoalModel(loaded.clip, config.loss, preprocess["mean"], preprocess["std"], config.precision == "bf16")
-    engine = build_engine(model.to(device), config, device)
-    allocate_averages(engine, first_step)
-    if job.resume_from is not None:
-        load_averages(job.resume_from, engine, loaded.clip)
-
-    reader = BatchReader(job.urls, build_examples(config, loaded), config.seed)
-    batches = read_batches(job, order, reader, first_step, rank, ranks)
+    builder = pickle.dumps(build_examples(config, loaded))
+    reader = BatchReader(job.urls, order, rank, ranks, config.accumulate, builder)
+    batches = read_batches(job, reader, first_step * config.accumulate, total_steps * config.accumulate)
+    with ThreadPoolExecutor(1) as pool:  # the stream starts while the engine is built
+        first_batch = pool.submit(next, batches)
+        model = GoalModel(loaded.clip, config.loss, preprocess["mean"], preprocess["std"], config.precision == "bf16")
+        engine = build_engine(model.to(device), config)
+        allocate_averages(engine, first_step)
+        if job.resume_from is not None:
+            load_averages(job.resume_from, engine, loaded.clip)
+        job.send({"doing": "reading the first batches"})
+        batches = chain([first_batch.result()], batches)
     window = LogWindow(config, device)
     for step in range(first_step, total_steps):
         lr = config.optimizer.lr * config.optimizer.lr_factor(step, total_steps)
@@ -94,29 +104,29 @@ def build_examples(config: TrainConfig, loaded: LoadedModel) -> ExampleBuilder:
     )
 
 
-def read_batches(
-    job: Job, order: BatchOrder, reader: BatchReader, first_step: int, rank: int, ranks: int
-) -> Iterator[bytes]:
-    """This rank's packed micro-batches from `first_step` on, epoch after epoch.
+def read_batches(job: Job, reader: BatchReader, first: int, last: int) -> Iterator[bytes]:
+    """This rank's packed micro-batches `first` to `last` - 1.
 
-    Raises StageError once this rank has met more unreadable samples than its share of the run allows.
+    Raises StageError once this rank alone has met more unreadable samples than the run allows, or nothing but those in
+    a micro-batch.
     """
-    allowed = job.config.data.max_bad_share * sum(job.counts)
-    seen_bad: set[tuple[str, str]] = set()
-    epoch, step_in_epoch = locate_step(first_step, order.steps_per_epoch)
-    for current in range(epoch, job.config.epochs):
-        plan = order.micro_batches(current, step_in_epoch, rank, ranks, job.config.accumulate)
-        step_in_epoch = 0
-        for packed, bad in stream_batches(plan, reader, current):
-            if bad:
-                job.send({"bad": bad})
-                seen_bad.update((record["shard"], record["key"]) for record in bad)
-            if len(seen_bad) > allowed or not packed:
-                raise StageError(
-                    f"{len(seen_bad)} unreadable samples exceed data.max_bad_share={job.config.data.max_bad_share}; "
-                    f"the last: {bad[-1]}; see {job.run_dir / 'quarantine.jsonl'}"
-                )
-            yield packed
+    met: set[tuple[str, str]] = set()
+    for packed, bad in stream_batches(reader, first, last):
+        if bad:
+            job.send({"bad": bad})
+            met.update((record["shard"], record["key"]) for record in bad)
+        if len(met) > job.bad_allowed:
+            raise StageError(
+                f"{len(met)} samples turned out unreadable, more than data.max_bad_share="
+                f"{job.config.data.max_bad_share} allows; the last: {describe_bad(bad[-1])}; all of them: "
+                f"{job.run_dir / QUARANTINE_FILE}"
+            )
+        if not packed:
+            raise StageError(
+                f"a whole micro-batch is unreadable; raise batch_per_worker, or mend the data; "
+                f"the last: {describe_bad(bad[-1])}; all of them: {job.run_dir / QUARANTINE_FILE}"
+            )
+        yield packed
 
 
 class LogWindow:
@@ -153,8 +163,3 @@ class LogWindow:
             "grad_norm": None if norm is None else float(norm),
             "images_per_s": images / seconds,
         }
-
-
-def use_all_cpus(workers_here: int) -> None:
-    """Shares this machine's cores among its CPU workers; Ray would leave one thread to each."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers_here))

@@ -5,28 +5,33 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
-
-from tqdm import tqdm
+from typing import Any
 
 from goal_ray.config import load_config, to_tree, to_yaml
 from goal_ray.errors import GoalRayError, StageError
+from goal_ray.model import CONFIG_FILE as MODEL_CONFIG_FILE
+from goal_ray.model import WEIGHTS_FILE
 from goal_ray.order import BatchOrder
 from goal_ray.ray_session import ray_session
-from goal_ray.shards import expand_shards
-from goal_ray.train.checkpoint import checkpoint_folders, read_step
+from goal_ray.shards import expand_shards, shard_name
+from goal_ray.train.checkpoint import check_checkpoint, checkpoint_folders, read_step
 from goal_ray.train.config import TrainConfig
-from goal_ray.train.ingest import scan_shards
-from goal_ray.train.loop import Job, train_worker, use_all_cpus
+from goal_ray.train.recorder import METRICS_FILE, ProgressLine, RunRecorder
+from goal_ray.train.scan import QUARANTINE_FILE, describe_bad, scan_shards
+from goal_ray.train.worker import worker_entry
 
+__all__ = ["CONFIG_FILE", "METRICS_FILE", "QUARANTINE_FILE", "RESULT_FILE", "TrainResult", "train"]
 CONFIG_FILE = "config.yaml"
-METRICS_FILE = "metrics.jsonl"
-QUARANTINE_FILE = "quarantine.jsonl"
+SHARDS_FILE = "shards.json"
 RESULT_FILE = "result.json"
 EXPORT_FOLDER = "model"
-RESUMABLE_CHANGES = (
+RESUMABLE_CHANGES = {
+    "data.shards",  # moved, that is: names and counts are compared
+    "data.max_bad_share",
     "workers",
     "batch_per_worker",
     "accumulate",
@@ -34,7 +39,8 @@ RESUMABLE_CHANGES = (
     "device",
     "checkpoint_every",
     "log_every",
-)
+    "storage_path",
+}
 
 
 @dataclass(frozen=True)
@@ -50,39 +56,46 @@ class TrainResult:
 def train(config: TrainConfig, resume: bool = False) -> TrainResult:
     """Runs (or goes on with) a training run. Raises GoalRayError before any work for settings that cannot run."""
     began = time.perf_counter()
-    urls = tuple(expand_shards(config.data.shards))
     # Workers start in folders of their own: every local path they get must be absolute.
-    config = replace(config, model=replace(config.model, name=absolute_if_path(config.model.name)))
+    config = replace(
+        config,
+        model=replace(config.model, name=absolute_if_path(config.model.name)),
+        data=replace(config.data, shards=absolute_if_path(config.data.shards)),
+    )
+    urls = tuple(map(absolute_if_path, expand_shards(config.data.shards)))
     run_dir = Path(config.storage_path).absolute() / config.name
-    resume_from = prepare_run(run_dir, config, resume)
-    with ray_session(busy_cpus=config.workers):
-        counts, bad = scan_shards(tuple(map(absolute_if_path, urls)), config.loss.needs_pairs)
-        check_share(bad, sum(counts), config.data.max_bad_share)
-        order = BatchOrder(tuple(counts), config.global_batch, config.seed, config.data.shuffle_shards)
-        total_steps = config.total_steps(order.steps_per_epoch)
-        first_step = 0 if resume_from is None else read_step(resume_from)
-        with RunRecorder(run_dir, first_step, total_steps) as recorder:
-            recorder.quarantine(bad)
-            if first_step < total_steps:
-                job = {
-                    "config": config,
-                    "run_dir": run_dir,
-                    "urls": tuple(map(absolute_if_path, urls)),
-                    "counts": tuple(counts),
-                    "resume_from": resume_from,
-                }
-                run_workers(job, config, recorder)
+    resume_from = check_run(run_dir, config, resume)
+    with ProgressLine(config.name) as line:
+        line.show("starting Ray")
+        with ray_session(busy_cpus=config.workers):
+            line.show("scanning the shards")
+            counts, bad = scan_shards(urls, config.loss.needs_pairs)
+            samples = sum(counts) + len(bad)
+            check_share(bad, samples, config.data.max_bad_share)
+            order = BatchOrder(tuple(counts), config.global_batch, config.seed, config.data.shuffle_shards)
+            total_steps = config.total_steps(order.steps_per_epoch)
+            first_step = 0 if resume_from is None else read_step(resume_from)
+            line.begin(first_step, total_steps)
+            write_run(run_dir, config, {shard_name(url): count for url, count in zip(urls, counts, strict=True)})
+            with RunRecorder(run_dir, first_step, line, began) as recorder:
+                recorder.quarantine(bad)
+                if first_step < total_steps:
+                    job = {
+                        "config": config,
+                        "run_dir": run_dir,
+                        "urls": urls,
+                        "counts": tuple(counts),
+                        "resume_from": resume_from,
+                        "bad_allowed": int(config.data.max_bad_share * samples) - len(bad),
+                    }
+                    run_workers(job, config, recorder)
+                    recorder.count_time()
+                    check_share(list(recorder.bad.values()), samples, config.data.max_bad_share)
     model_dir = export_model(checkpoint_folders(run_dir)[-1], run_dir / EXPORT_FOLDER)
-    seconds = add_seconds(run_dir / RESULT_FILE, total_steps, time.perf_counter() - began)
-    return TrainResult(run_dir, model_dir, total_steps, seconds)
-
-
-def add_seconds(path: Path, steps: int, seconds: float) -> float:
-    """Adds this call's time to the run's and stores it. A call that found the run complete adds nothing."""
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"steps": 0, "seconds": 0.0}
-    total = before["seconds"] if before["steps"] == steps else before["seconds"] + seconds
-    path.write_text(json.dumps({"steps": steps, "seconds": round(total, 1)}), encoding="utf-8")
-    return total
+    result = run_dir / RESULT_FILE
+    if first_step < total_steps or not result.exists():
+        result.write_text(json.dumps({"steps": total_steps, "seconds": round(recorder.seconds, 1)}), encoding="utf-8")
+    return TrainResult(run_dir, model_dir, total_steps, json.loads(result.read_text(encoding="utf-8"))["seconds"])
 
 
 def absolute_if_path(name: str) -> str:
@@ -90,62 +103,113 @@ def absolute_if_path(name: str) -> str:
     return os.path.abspath(name) if os.path.exists(name) else name
 
 
-def prepare_run(run_dir: Path, config: TrainConfig, resume: bool) -> Path | None:
-    """Makes the run folder, or checks that an old one may go on. Returns the checkpoint to go on from, if any."""
+def check_run(run_dir: Path, config: TrainConfig, resume: bool) -> Path | None:
+    """The checkpoint to go on from, if any. Raises StageError for a run that may not start or go on; writes nothing."""
     stored = run_dir / CONFIG_FILE
-    if stored.exists() and not resume:
-        raise StageError(f"{run_dir} already holds a run; add --resume to go on with it, or choose another name")
-    if stored.exists():
-        old, new = to_tree(load_config(TrainConfig, stored)), to_tree(config)
-        changed = [key for key in new if new[key] != old[key] and key not in RESUMABLE_CHANGES]
-        if changed or load_config(TrainConfig, stored).global_batch != config.global_batch:
-            what = ", ".join(changed) or "the global batch"
-            raise StageError(f"{run_dir} was started with other settings ({what}); resume with the same, or start anew")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    stored.write_text(to_yaml(config), encoding="utf-8")
+    if not resume:
+        if stored.exists():
+            raise StageError(f"{run_dir} already holds a run; add --resume to go on with it, or choose another name")
+        return None
+    if not stored.exists():
+        raise StageError(f"{run_dir} holds no run to go on with; leave out --resume, or mend storage_path and name")
+    old = load_config(TrainConfig, stored)
+    before, now = flatten(to_tree(old)), flatten(to_tree(config))
+    changed = [
+        f"{key}={now.get(key)}, it was {before.get(key)}"
+        for key in sorted({*before, *now} - RESUMABLE_CHANGES)
+        if before.get(key) != now.get(key)
+    ]
+    if old.global_batch != config.global_batch:
+        changed.append(f"a global batch of {config.global_batch}, it was {old.global_batch}")
+    if changed:
+        raise StageError(f"{run_dir} was started with other settings ({'; '.join(changed)}); use those, or start anew")
     folders = checkpoint_folders(run_dir)
-    return folders[-1] if folders else None
+    if not folders:
+        return None
+    check_checkpoint(folders[-1])
+    return folders[-1]
 
 
-def check_share(bad: list[dict[str, str]], usable: int, max_bad_share: float) -> None:
-    """Raises StageError when too many samples are unusable to go on quietly."""
-    if len(bad) > max_bad_share * (usable + len(bad)):
-        first = bad[0]
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree's leaves by their dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def write_run(run_dir: Path, config: TrainConfig, counts: dict[str, int]) -> None:
+    """Stores the run's settings and data. Raises StageError where the data differ from those the run started with."""
+    shards = run_dir / SHARDS_FILE
+    if shards.exists():
+        before = json.loads(shards.read_text(encoding="utf-8"))
+        if before != counts:
+            other = sorted(name for name, _ in before.items() ^ counts.items())
+            raise StageError(
+                f"the shards are not those that {run_dir} started with (names and counts in {shards}): "
+                f"{', '.join(other[:3])}{', ...' if len(other) > 3 else ''} differ; use the same data, or start anew"
+            )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    shards.write_text(json.dumps(counts, indent=0), encoding="utf-8")
+    (run_dir / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
+
+
+def check_share(bad: list[dict[str, str]], samples: int, max_bad_share: float) -> None:
+    """Raises StageError when too many of the samples are unusable to go on quietly."""
+    if len(bad) > max_bad_share * samples:
         raise StageError(
-            f"{len(bad)} of {usable + len(bad)} samples are unusable, more than data.max_bad_share={max_bad_share}; "
-            f"the first: {first['shard']}: {first['reason']}"
+            f"{len(bad)} of {samples} samples are unusable, more than data.max_bad_share={max_bad_share}; "
+            f"the first: {describe_bad(bad[0])}"
         )
 
 
-def run_workers(job: dict[str, Any], config: TrainConfig, recorder: "RunRecorder") -> None:
-    """Starts Ray Train and shows what rank 0 sends until all workers are done."""
+def run_workers(job: dict[str, Any], config: TrainConfig, recorder: RunRecorder) -> None:
+    """Starts Ray Train and records what the workers send until all of them are done.
+
+    Ray Train runs in a thread of its own: from the main thread it would take over Ctrl-C.
+    """
+    # A restart by Ray itself would begin at the old checkpoint: going on is for --resume.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
     import ray
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.util.queue import Queue
+    from ray.util.queue import Empty, Queue
 
-    os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
     use_gpu = config.device == "cuda" or (config.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
     check_resources(config.workers, use_gpu, ray.cluster_resources())
+    recorder.line.show(f"starting {config.workers} {'worker' if config.workers == 1 else 'workers'}")
     queue = Queue(actor_options={"num_cpus": 0})
-    stop = threading.Event()
-    listener = threading.Thread(target=listen, args=(queue, recorder, stop), daemon=True)
-    listener.start()
     trainer = TorchTrainer(
-        worker_entry,
-        train_loop_config={**job, "queue": queue, "use_gpu": use_gpu},
+        partial(worker_entry, job, queue, use_gpu),
         scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=use_gpu),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         run_config=RunConfig(name="ray", storage_path=str(job["run_dir"])),
     )
+    failures: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
     try:
-        trainer.fit()
-    except Exception as error:
-        raise first_own_error(error) from error
+        finished = False
+        while not finished:
+            finished = not thread.is_alive()
+            try:
+                while True:
+                    recorder.record(queue.get(timeout=0.5))
+            except Empty:
+                recorder.line.tick()
     finally:
-        stop.set()
-        listener.join()
         queue.shutdown()
+    if failures:
+        raise own_error(failures[0], job["run_dir"]) from failures[0]
 
 
 def check_resources(workers: int, use_gpu: bool, available: dict[str, float]) -> None:
@@ -159,32 +223,25 @@ def check_resources(workers: int, use_gpu: bool, available: dict[str, float]) ->
         raise StageError(f"{workers} workers and the ingest need {workers + 1} CPUs, the cluster has {cpus:g}")
 
 
-def worker_entry(settings: dict[str, Any]) -> None:
-    """Ray Train's entry point: joins the process group to DeepSpeed and runs the loop."""
-    import logging
-    import warnings
+def own_error(error: BaseException, run_dir: Path) -> BaseException:
+    """What to raise for Ray's error: a worker's GoalRayError, a StageError for its death, else the error itself."""
+    from ray.exceptions import RayActorError
 
-    os.environ["DS_ACCELERATOR"] = "cuda" if settings["use_gpu"] else "cpu"
-    warnings.filterwarnings("ignore")
-    import deepspeed
-    import ray.train
-    import ray.train.torch
-
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    context = ray.train.get_context()
-    if not settings["use_gpu"]:
-        use_all_cpus(context.get_local_world_size())
-    deepspeed.init_distributed(
-        dist_backend="nccl" if settings["use_gpu"] else "gloo", auto_mpi_discovery=False, verbose=False
-    )
-    queue = settings["queue"]
-    fields = {name: settings[name] for name in ("config", "run_dir", "urls", "counts", "resume_from")}
-    job = Job(**fields, send=lambda record: queue.actor.put_nowait.remote(record))
-    train_worker(job, context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    inside = list(unwrapped(error))
+    for cause in inside:
+        if isinstance(cause, GoalRayError):
+            return cause
+    for cause in inside:
+        if isinstance(cause, RayActorError):
+            return StageError(
+                f"a training worker died ({str(cause).strip().splitlines()[0]}); the memory may have run out: lower "
+                f"batch_per_worker, then go on with --resume; Ray's logs say more; run folder: {run_dir}"
+            )
+    return error
 
 
-def first_own_error(error: BaseException) -> BaseException:
-    """The GoalRayError a worker raised, dug out of Ray's wrappings; the error itself where there is none."""
+def unwrapped(error: BaseException) -> Iterator[BaseException]:
+    """The error and all that Ray wrapped into it."""
     seen: set[int] = set()
     waiting: list[Any] = [error]
     while waiting:
@@ -192,101 +249,15 @@ def first_own_error(error: BaseException) -> BaseException:
         if not isinstance(current, BaseException) or id(current) in seen:
             continue
         seen.add(id(current))
-        if isinstance(current, GoalRayError):
-            return current
-        waiting += [current.__cause__, current.__context__, getattr(current, "cause", None)]
+        yield current
+        waiting += [current.__cause__, current.__context__]
+        waiting += [getattr(current, name, None) for name in ("cause", "health_check_failure", "controller_failure")]
         waiting += list(getattr(current, "worker_failures", {}).values())
-    return error
-
-
-def listen(queue: Any, recorder: "RunRecorder", stop: threading.Event) -> None:
-    """Hands records from the queue to the recorder until told to stop and the queue is empty."""
-    from ray.util.queue import Empty
-
-    while True:
-        finishing = stop.is_set()
-        try:
-            while True:
-                recorder.record(queue.get(timeout=0.5))
-        except Empty:
-            if finishing:
-                return
-
-
-class RunRecorder:
-    """Writes a run's metrics (JSONL and TensorBoard) and quarantine, and draws its progress line."""
-
-    def __init__(self, run_dir: Path, first_step: int, total_steps: int):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.run_dir = run_dir
-        keep_steps(run_dir / METRICS_FILE, first_step)
-        self.metrics: TextIO = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
-        self.bar = tqdm(
-            total=total_steps, initial=first_step, desc=f"train {run_dir.name}", unit="step", dynamic_ncols=True
-        )
-        self.known_bad: set[tuple[str, str]] = set()
-
-    def __enter__(self) -> "RunRecorder":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.metrics.close()
-        self.board.close()
-        self.bar.close()
-
-    def record(self, message: dict[str, Any]) -> None:
-        """Takes one record from a worker: a log line, or bad samples."""
-        if "bad" in message:
-            self.quarantine(message["bad"])
-            return
-        self.metrics.write(json.dumps(message) + "\n")
-        self.metrics.flush()
-        for name, value in message.items():
-            if name not in ("step", "total_steps") and value is not None:
-                self.board.add_scalar(f"train/{name}", value, message["step"])
-        self.bar.set_postfix_str(describe_step(message), refresh=False)
-        self.bar.update(message["step"] - self.bar.n)
-
-    def quarantine(self, records: list[dict[str, str]]) -> None:
-        """Appends samples that were not met before to the run's quarantine."""
-        with (self.run_dir / QUARANTINE_FILE).open("a", encoding="utf-8") as file:
-            for record in records:
-                if (record["shard"], record["key"]) not in self.known_bad:
-                    self.known_bad.add((record["shard"], record["key"]))
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-def keep_steps(path: Path, last_step: int) -> None:
-    """Drops log lines beyond a step: what came after the checkpoint that a run goes on from will be logged again."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= last_step]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-
-
-def describe_step(record: dict[str, Any]) -> str:
-    """The progress line's tail: the loss and its terms, rate and speed."""
-    terms = " ".join(
-        f"{label} {record[key]:.3f}"
-        for label, key in (
-            ("global", "loss_global"),
-            ("local", "loss_local"),
-            ("tsl", "loss_tsl_image"),
-            ("txt", "loss_tsl_text"),
-        )
-        if record[key]
-    )
-    return f"loss {record['loss']:.3f} ({terms}) lr {record['lr']:.1e} {record['images_per_s']:.1f} img/s"
 
 
 def export_model(checkpoint: Path, target: Path) -> Path:
     """Copies a checkpoint's open_clip files to a folder that plain open_clip loads as `local-dir:`."""
-    from goal_ray.model import CONFIG_FILE as MODEL_CONFIG
-    from goal_ray.model import WEIGHTS_FILE
-
     target.mkdir(parents=True, exist_ok=True)
-    for name in (MODEL_CONFIG, WEIGHTS_FILE):
+    for name in (MODEL_CONFIG_FILE, WEIGHTS_FILE):
         shutil.copyfile(checkpoint / name, target / name)
     return target

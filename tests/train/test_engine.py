@@ -41,7 +41,7 @@ def run_stage(folder: Path, config, stage: int, resume_from: Path | None, rank: 
     config = replace(config, zero_stage=stage)
     loaded = load_model(config.model if resume_from is None else ModelConfig(str(resume_from)), seed=0)
     model = GoalModel(loaded.clip, config.loss, loaded.preprocess["mean"], loaded.preprocess["std"])
-    engine = build_engine(model, config, torch.device("cpu"))
+    engine = build_engine(model, config)
     first = 0 if resume_from is None else read_step(resume_from)
     allocate_averages(engine, first)
     if resume_from is not None:
