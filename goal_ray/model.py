@@ -4,6 +4,7 @@ One pass of a tower gives the pooled embedding and the tokens of the last block,
 """
 
 import json
+import logging
 import math
 import textwrap
 from dataclasses import dataclass
@@ -272,7 +273,11 @@ def _load_folder(folder: Path, weights: str | None) -> tuple[nn.Module, str, dic
             raise ModelError(f"{folder}: no {file} in this folder; is it a checkpoint or an exported model?")
     name = f"local-dir:{folder}"
     model_cfg = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["model_cfg"]
-    clip = open_clip.create_model(name, load_weights=False)
+    logging.disable(logging.WARNING)  # open_clip would warn of random weights, which give way at once
+    try:
+        clip = open_clip.create_model(name, load_weights=False)
+    finally:
+        logging.disable(logging.NOTSET)
     clip.load_state_dict(load_file(folder / WEIGHTS_FILE))
     return clip, name, model_cfg
 

@@ -1,0 +1,66 @@
+"""Embedding a stream of samples: order, threads, memory of what was seen."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from goal_ray.errors import ModelError
+from goal_ray.evaluate.embed import add_new, embed_shards, size_bytes
+from goal_ray.model import ModelConfig, load_model
+from goal_ray.scenes.run import SceneSettings, draw_scenes
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_clip):
+    return load_model(ModelConfig(tiny_clip))
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory) -> list[str]:
+    return draw_scenes(tmp_path_factory.mktemp("scenes"), 14, 3, SceneSettings(shard_size=5, size=40))
+
+
+def test_rows_are_of_unit_length_and_stand_in_the_samples_order(loaded, tars):
+    found = embed_shards(loaded, tars, batch=4, device="cpu", threads=3)
+    assert found.image_IE.shape == found.text_TE.shape == (14, 32)
+    assert found.pairs_P2.tolist() == [[n, n] for n in range(14)]
+    for rows in (found.image_IE, found.text_TE):
+        assert rows.dtype == torch.float32
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(14))
+
+
+@pytest.mark.parametrize(("batch", "threads"), [(1, 1), (3, 8), (100, 2)])
+def test_batches_and_threads_change_no_row(loaded, tars, batch, threads):
+    once = embed_shards(loaded, tars, batch=14, device="cpu", threads=1)
+    again = embed_shards(loaded, tars, batch=batch, device="cpu", threads=threads)
+    # Matrix products of other shapes add in another order.
+    torch.testing.assert_close(again.image_IE, once.image_IE, rtol=0, atol=1e-5)
+    torch.testing.assert_close(again.text_TE, once.text_TE, rtol=0, atol=1e-5)
+    assert torch.equal(again.pairs_P2, once.pairs_P2)
+
+
+def test_what_was_seen_before_is_embedded_once(loaded, tars):
+    found = embed_shards(loaded, [*tars, tars[0]], batch=4, device="cpu", threads=2)
+    assert len(found.image_IE) == len(found.text_TE) == len(found.pairs_P2) == 14
+    assert found.samples == 19
+
+
+def test_new_arrays_are_numbered_in_order():
+    known = {b"a": 0}
+    arrays = [np.full(2, value) for value in range(4)]
+    new = add_new(known, zip([b"b", b"a", b"c", b"b"], arrays, strict=True))
+    assert [array[0] for array in new] == [3, 2]
+    assert known == {b"a": 0, b"b": 1, b"c": 2}
+
+
+def test_a_preprocessing_that_boxes_cannot_follow_is_refused(tiny_clip, tars):
+    loaded = load_model(ModelConfig(tiny_clip))
+    loaded.preprocess["resize_mode"] = "longest"
+    with pytest.raises(ModelError, match="'longest'; supported are shortest and squash"):
+        embed_shards(loaded, tars, batch=4, device="cpu", threads=1)
+
+
+def test_the_size_for_the_progress_bar_is_that_of_all_tars(tars):
+    assert size_bytes(tars) == sum(len(Path(tar).read_bytes()) for tar in tars)

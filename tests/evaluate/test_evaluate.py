@@ -1,0 +1,348 @@
+"""Evaluation as a whole: real tars, a tiny real model, numbers against plain open_clip and NumPy."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from goal_ray.errors import ConfigError, GoalRayError, ModelError, ShardError, StageError
+from goal_ray.evaluate.__main__ import main
+from goal_ray.evaluate.run import evaluate, resolve_model, result_place
+from goal_ray.model import WEIGHTS_FILE, ModelConfig, load_model, save_model
+from goal_ray.scenes.run import SceneSettings, draw_scenes
+from goal_ray.shards import index_shard, stream_samples, write_tar
+
+COUNT = 30
+DIRECTIONS = ("text_to_image", "image_to_text")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_clip, tmp_path_factory) -> str:
+    """An exported folder with random weights."""
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    loaded = load_model(ModelConfig(tiny_clip))
+    save_model(folder, loaded, loaded.clip.state_dict())
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    """30 drawn scenes in three tars; their captions exceed the model's context."""
+    folder = tmp_path_factory.mktemp("scenes")
+    draw_scenes(folder, COUNT, 7, SceneSettings(shard_size=10, size=40))
+    return folder
+
+
+@pytest.fixture
+def run(model, tmp_path) -> Path:
+    """A run folder with two checkpoints and the leftovers of a third."""
+    folder = tmp_path / "run"
+    for name, state in (("step-00000002", "state.json"), ("step-00000010", "state.json"), (".step-00000020.tmp", "x")):
+        shutil.copytree(model, folder / "checkpoints" / name)
+        (folder / "checkpoints" / name / state).write_text('{"step": 1}')
+    return folder
+
+
+def png(colour: str, size: tuple[int, int] = (20, 10)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def pair(colour: str, caption: str) -> dict[str, bytes]:
+    return {"png": png(colour), "txt": caption.encode()}
+
+
+def metrics(result: dict) -> dict:
+    return {name: result[name] for name in (*DIRECTIONS, "count", "pictures", "captions")}
+
+
+def expected(model: str, tars: list[str]) -> dict:
+    """The metrics by plain open_clip and a full float64 similarity matrix, each sample a pair."""
+    clip, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{model}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{model}")
+    samples = [sample.members for tar in tars for sample in stream_samples(tar)]
+    stored, captions = [members["png"] for members in samples], [members["txt"].decode() for members in samples]
+    pictures, texts = list(dict.fromkeys(stored)), list(dict.fromkeys(captions))
+    with torch.no_grad():
+        pixels = torch.stack([preprocess(Image.open(io.BytesIO(data)).convert("RGB")) for data in pictures])
+        image = clip.encode_image(pixels, normalize=True).double().numpy()
+        text = clip.encode_text(tokenizer(texts), normalize=True).double().numpy()
+    similarity = text @ image.T
+    belongs = np.zeros(similarity.shape, bool)
+    belongs[[texts.index(caption) for caption in captions], [pictures.index(data) for data in stored]] = True
+
+    def summary(similarity: np.ndarray, belongs: np.ndarray) -> dict:
+        # 1e-6 is the rounding of the model's float32: similarities that close are a tie.
+        best = np.where(belongs, similarity, -2).max(axis=1, keepdims=True)
+        rank = (similarity >= best - 1e-6).sum(axis=1)
+        recalls = {f"R@{k}": pytest.approx(100 * np.mean(rank <= k)) for k in (1, 5, 25, 50) if k < similarity.shape[1]}
+        return {**recalls, "median_rank": float(np.median(rank))}
+
+    return {
+        "text_to_image": summary(similarity, belongs),
+        "image_to_text": summary(similarity.T, belongs.T),
+        "count": int(belongs.sum()),
+        "pictures": len(pictures),
+        "captions": len(texts),
+    }
+
+
+def test_metrics_are_those_of_plain_open_clip_and_numpy(model, scenes):
+    result = evaluate(model, str(scenes))
+    assert metrics(result) == expected(model, sorted(map(str, scenes.glob("*.tar"))))
+    assert list(result["text_to_image"]) == ["R@1", "R@5", "R@25", "median_rank"]
+    assert result["skipped"] == []
+
+
+@pytest.mark.parametrize("batch", [1, 7, 1000])
+def test_the_batch_size_changes_nothing(model, scenes, batch):
+    assert metrics(evaluate(model, str(scenes), batch=batch)) == metrics(evaluate(model, str(scenes)))
+
+
+def test_the_order_of_the_shards_changes_nothing(model, scenes, tmp_path):
+    for number, tar in enumerate(sorted(scenes.glob("*.tar"), reverse=True)):
+        shutil.copy(tar, tmp_path / f"{number}.tar")
+    assert metrics(evaluate(model, str(tmp_path))) == metrics(evaluate(model, str(scenes)))
+
+
+def test_a_shard_that_stands_there_twice_counts_once(model, scenes, tmp_path):
+    for tar in scenes.glob("*.tar"):
+        shutil.copy(tar, tmp_path / tar.name)
+    shutil.copy(scenes / "scenes-000001.tar", tmp_path / "copy.tar")
+    result = evaluate(model, str(tmp_path))
+    assert metrics(result) == metrics(evaluate(model, str(scenes)))
+    assert result["repeated"] == 10
+
+
+def test_several_captions_of_a_picture_and_pictures_of_a_caption_are_all_right(model, tmp_path):
+    colours = ("red", "lime", "blue", "black", "white", "gold")
+    url = str(tmp_path / "a.tar")
+    samples = [pair(colour, f"It is {colour}.") for colour in colours]
+    samples += [pair("red", "The colour of blood."), pair("gold", "It is blue."), pair("lime", "Grass.")]
+    write_tar(url, ((str(number), members) for number, members in enumerate(samples)))
+    result = evaluate(model, url)
+    assert (result["count"], result["pictures"], result["captions"], result["repeated"]) == (9, 6, 8, 0)
+    assert metrics(result) == expected(model, [url])
+
+
+def test_equal_keys_in_two_shards_are_two_samples(model, tmp_path):
+    write_tar(str(tmp_path / "a.tar"), iter([("0", pair("red", "Red.")), ("1", pair("lime", "Green."))]))
+    write_tar(str(tmp_path / "b.tar"), iter([("0", pair("blue", "Blue.")), ("1", pair("gold", "Gold."))]))
+    assert evaluate(model, str(tmp_path))["count"] == 4
+
+
+@pytest.fixture
+def damaged(scenes, tmp_path) -> Path:
+    """Three tars: a good one of 10, one cut after 4 whole samples, one of 2 good samples and 4 bad ones."""
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    shutil.copy(scenes / "scenes-000000.tar", folder / "a.tar")
+    offset, _ = index_shard(str(scenes / "scenes-000001.tar"))[4].members["png"]
+    (folder / "b.tar").write_bytes((scenes / "scenes-000001.tar").read_bytes()[: offset + 10])
+    samples = {
+        "good": pair("red", "Red."),
+        "no-picture": {"txt": b"Nothing."},
+        "no-caption": {"png": png("lime")},
+        "half-picture": {"png": png("blue")[:50], "txt": b"Blue."},
+        "latin": {"png": png("gold"), "txt": b"Caf\xe9"},
+        "fine": pair("black", "Black."),
+    }
+    write_tar(str(folder / "c.tar"), iter(samples.items()))
+    return folder
+
+
+def test_bad_samples_are_skipped_and_listed_with_the_reason(model, damaged):
+    result = evaluate(model, str(damaged), max_bad_share=0.5)
+    assert result["count"] == 10 + 4 + 2
+    found = {(Path(record["shard"]).name, record["key"]): record["reason"] for record in result["skipped"]}
+    words = {
+        ("b.tar", ""): "corrupt or truncated tar",
+        ("c.tar", "no-picture"): "has no picture",
+        ("c.tar", "no-caption"): "has no .txt caption",
+        ("c.tar", "half-picture"): "PNG",
+        ("c.tar", "latin"): "not UTF-8",
+    }
+    assert list(found) == list(words)
+    assert all(word in found[name] for name, word in words.items())
+
+
+def test_more_bad_samples_than_allowed_fail_the_evaluation(model, damaged, tmp_path):
+    # 5 of 21: a damaged tar counts as one.
+    evaluate(model, str(damaged), max_bad_share=5 / 21)
+    with pytest.raises(StageError, match=r"5 of 21 samples could not be used .*0\.23.*b\.tar: corrupt"):
+        evaluate(model, str(damaged), max_bad_share=0.23, out=str(tmp_path / "x.json"))
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_shards_without_one_usable_sample_are_refused(model, tmp_path):
+    write_tar(str(tmp_path / "a.tar"), iter([("7", {"txt": b"Nothing."})]))
+    with pytest.raises(StageError, match=r"no usable sample in 1 shards; .*a\.tar: '7': sample '7' has no picture"):
+        evaluate(model, str(tmp_path), max_bad_share=1)
+
+
+def test_a_run_folder_stands_for_its_newest_complete_checkpoint(run):
+    assert resolve_model(str(run), None) == str(run / "checkpoints" / "step-00000010")
+
+
+def test_a_runs_numbers_go_into_its_folder_and_onto_the_screen(run, scenes, capsys):
+    main([str(run), f"{scenes}/scenes-000000.tar"])
+    place = run / "evaluation" / "scenes-000000.json"
+    result = json.loads(place.read_text())
+    printed = capsys.readouterr().out
+    assert "10 pairs of 10 pictures and 10 captions; 0 skipped" in printed
+    assert printed.splitlines()[1].split() == ["R@1", "R@5", "median_rank"]
+    for line, direction in zip(printed.splitlines()[2:4], DIRECTIONS, strict=True):
+        assert line.startswith(direction.replace("_", " "))
+        assert [float(number) for number in line.split()[3:]] == [round(x, 2) for x in result[direction].values()]
+    assert printed.endswith(f"written to {place}\n")
+
+
+@pytest.mark.parametrize(
+    ("shards", "name"),
+    [
+        ("docci/test/", "test"),
+        ("docci/test.tar", "test"),
+        ("s3://bucket/docci/test/*.tar", "test"),
+        ("docci/test-{000..009}.tar", "test-_000..009"),
+        ("*.tar", "shards"),
+    ],
+)
+def test_the_default_file_is_named_after_the_shards(run, shards, name):
+    assert result_place(str(run), shards, None) == str(run / "evaluation" / f"{name}.json")
+
+
+def test_out_names_another_place_and_bare_models_have_none(run, model, tmp_path, scenes, capsys):
+    out = tmp_path / "deep" / "x.json"
+    assert main([str(run), str(scenes), "--out", str(out)]) is None
+    assert json.loads(out.read_text())["count"] == COUNT
+    assert not (run / "evaluation").exists()
+    assert result_place(model, str(scenes), None) is None
+    assert f"written to {out}" in capsys.readouterr().out
+
+
+def test_the_first_skipped_samples_are_shown_on_stderr(model, damaged, capsys):
+    write_tar(str(damaged / "d.tar"), iter((str(n), {"txt": b"x"}) for n in range(3)))
+    main([model, str(damaged), "--max-bad-share", "1"])
+    shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped: ")]
+    assert len(shown) == 6
+    assert "b.tar: corrupt" in shown[0]
+    assert shown[-1] == "skipped: 3 more; --out FILE lists them all"
+
+
+def test_an_architecture_takes_weights_from_a_file(tiny_clip, model, scenes):
+    result = evaluate(tiny_clip, str(scenes), weights=str(Path(model) / WEIGHTS_FILE))
+    assert metrics(result) == metrics(evaluate(model, str(scenes)))
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "no-such-folder", "no-such.json"])
+def test_random_weights_are_not_evaluated(name, scenes):
+    with pytest.raises(ModelError, match=r"would be random; .*--weights"):
+        evaluate(name, str(scenes))
+
+
+def cut_weights(folder: Path) -> None:
+    data = (folder / WEIGHTS_FILE).read_bytes()
+    (folder / WEIGHTS_FILE).write_bytes(data[: len(data) // 2])
+
+
+def empty_weights(folder: Path) -> None:
+    (folder / WEIGHTS_FILE).write_bytes(b"")
+
+
+def foreign_weights(folder: Path) -> None:
+    save_file({"weight": torch.zeros(3)}, folder / WEIGHTS_FILE)
+
+
+def other_width(folder: Path) -> None:
+    path = folder / "open_clip_config.json"
+    tree = json.loads(path.read_text())
+    tree["model_cfg"]["vision_cfg"]["width"] = 64
+    path.write_text(json.dumps(tree))
+
+
+def no_weights(folder: Path) -> None:
+    (folder / WEIGHTS_FILE).unlink()
+
+
+def cut_config(folder: Path) -> None:
+    (folder / "open_clip_config.json").write_text('{"model_cfg": {')
+
+
+def list_config(folder: Path) -> None:
+    (folder / "open_clip_config.json").write_text("[]")
+
+
+def diverged(folder: Path) -> None:
+    weights = load_file(folder / WEIGHTS_FILE)
+    save_file({name: tensor * float("nan") for name, tensor in weights.items()}, folder / WEIGHTS_FILE)
+
+
+@pytest.mark.parametrize(
+    ("damage", "error"),
+    [
+        (cut_weights, "cannot load model .*step-00000010.*Safetensor"),
+        (empty_weights, "cannot load model .*step-00000010.*Safetensor"),
+        (foreign_weights, "cannot load model .*step-00000010.*Missing key"),
+        (other_width, "cannot load model .*step-00000010.*size mismatch"),
+        (no_weights, "step-00000010: no open_clip_model.safetensors"),
+        (cut_config, "cannot load model .*step-00000010.*JSON"),
+        (list_config, "cannot load model .*step-00000010"),
+        (diverged, "the model has diverged"),
+    ],
+)
+def test_a_damaged_checkpoint_is_a_clear_error(run, scenes, damage, error):
+    damage(run / "checkpoints" / "step-00000010")
+    with pytest.raises(ModelError, match=error) as caught:
+        evaluate(str(run), f"{scenes}/scenes-000000.tar")
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_run_without_a_complete_checkpoint_is_a_clear_error(run, scenes):
+    for state in run.glob("checkpoints/*/state.json"):
+        state.unlink()
+    with pytest.raises(StageError, match="no complete checkpoint yet"):
+        evaluate(str(run), str(scenes))
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "shards", "kind", "error"),
+    [
+        ("{model}", "{tmp}/nothing", ShardError, "nothing: no such file or folder"),
+        ("{model}", "{tmp}", ShardError, "holds no .tar file"),
+        ("{model}", "{tmp}/*.tar", ShardError, "no file matches"),
+        ("{tmp}/nothing", "{scenes}", StageError, "nothing: no such folder"),
+        ("{tmp}", "{scenes}", ModelError, "no open_clip_config.json in this folder"),
+        ("{model}/open_clip_model.safetensors", "{scenes}", StageError, "not a folder; .*--weights"),
+    ],
+)
+def test_a_wrong_path_is_a_clear_error(model, scenes, tmp_path, checkpoint, shards, kind, error):
+    names = {"model": model, "scenes": scenes, "tmp": tmp_path}
+    with pytest.raises(kind, match=error):
+        evaluate(checkpoint.format(**names), shards.format(**names))
+
+
+@pytest.mark.parametrize(
+    ("option", "error"),
+    [
+        ({"batch": 0}, "batch must be at least 1"),
+        ({"max_bad_share": 1.5}, "between 0 and 1"),
+        ({"device": "toaster"}, "device 'toaster' cannot be used here"),
+        ({"device": "xpu"}, "device 'xpu' cannot be used here"),
+        ({"weights": "openai"}, "brings its own weights"),
+        ({"out": "{tmp}"}, "cannot write the JSON file there: it is a folder"),
+        ({"out": "{scenes}/scenes.json/x.json"}, "cannot write the JSON file there"),
+    ],
+)
+def test_a_wrong_option_is_a_clear_error(model, scenes, tmp_path, option, error):
+    given = {k: v.format(tmp=tmp_path, scenes=scenes) if isinstance(v, str) else v for k, v in option.items()}
+    with pytest.raises((ConfigError, ModelError), match=error) as caught:
+        evaluate(model, str(scenes), **given)
+    assert isinstance(caught.value, GoalRayError)
