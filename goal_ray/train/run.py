@@ -75,6 +75,7 @@ def train(config: TrainConfig, resume: bool = False) -> TrainResult:
             order = BatchOrder(tuple(counts), config.global_batch, config.seed, config.data.shuffle_shards)
             total_steps = config.total_steps(order.steps_per_epoch)
             first_step = 0 if resume_from is None else read_step(resume_from)
+            use_gpu = choose_gpu(config)
             line.begin(first_step, total_steps)
             write_run(run_dir, config, {shard_name(url): count for url, count in zip(urls, counts, strict=True)})
             with RunRecorder(run_dir, first_step, line, began) as recorder:
@@ -88,7 +89,7 @@ def train(config: TrainConfig, resume: bool = False) -> TrainResult:
                         "resume_from": resume_from,
                         "bad_allowed": int(config.data.max_bad_share * samples) - len(bad),
                     }
-                    run_workers(job, config, recorder)
+                    run_workers(job, config.workers, use_gpu, recorder)
                     recorder.count_time()
                     check_share(list(recorder.bad.values()), samples, config.data.max_bad_share)
     model_dir = export_model(checkpoint_folders(run_dir)[-1], run_dir / EXPORT_FOLDER)
@@ -163,7 +164,7 @@ def check_share(bad: list[dict[str, str]], samples: int, max_bad_share: float) -
         )
 
 
-def run_workers(job: dict[str, Any], config: TrainConfig, recorder: RunRecorder) -> None:
+def run_workers(job: dict[str, Any], workers: int, use_gpu: bool, recorder: RunRecorder) -> None:
     """Starts Ray Train and records what the workers send until all of them are done.
 
     Ray Train runs in a thread of its own: from the main thread it would take over Ctrl-C.
@@ -172,18 +173,15 @@ def run_workers(job: dict[str, Any], config: TrainConfig, recorder: RunRecorder)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
-    import ray
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.util.queue import Empty, Queue
 
-    use_gpu = config.device == "cuda" or (config.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
-    check_resources(config.workers, use_gpu, ray.cluster_resources())
-    recorder.line.show(f"starting {config.workers} {'worker' if config.workers == 1 else 'workers'}")
+    recorder.line.show(f"starting {workers} {'worker' if workers == 1 else 'workers'}")
     queue = Queue(actor_options={"num_cpus": 0})
     trainer = TorchTrainer(
         partial(worker_entry, job, queue, use_gpu),
-        scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=use_gpu),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         run_config=RunConfig(name="ray", storage_path=str(job["run_dir"])),
     )
@@ -212,15 +210,22 @@ def run_workers(job: dict[str, Any], config: TrainConfig, recorder: RunRecorder)
         raise own_error(failures[0], job["run_dir"]) from failures[0]
 
 
-def check_resources(workers: int, use_gpu: bool, available: dict[str, float]) -> None:
-    """Raises StageError where Ray would wait forever for resources the cluster does not have."""
+def choose_gpu(config: TrainConfig) -> bool:
+    """Whether workers run on GPUs. Raises StageError where Ray would wait forever for what the cluster lacks."""
+    import ray
+
+    available, workers = ray.cluster_resources(), config.workers
     gpus, cpus = available.get("GPU", 0), available.get("CPU", 0)
+    use_gpu = config.device == "cuda" or (config.device == "auto" and gpus > 0)
     if use_gpu and gpus < workers:
         raise StageError(
-            f"{workers} workers need {workers} GPUs, the cluster has {gpus:g}; lower `workers` or device=cpu"
+            f"{workers} workers need {workers} GPUs, the cluster has {gpus:g}; lower `workers` or set device=cpu"
         )
     if cpus < workers + 1:
-        raise StageError(f"{workers} workers and the ingest need {workers + 1} CPUs, the cluster has {cpus:g}")
+        raise StageError(
+            f"{workers} workers and the ingest need {workers + 1} CPUs, the cluster has {cpus:g}; lower `workers`"
+        )
+    return use_gpu
 
 
 def own_error(error: BaseException, run_dir: Path) -> BaseException:

@@ -30,15 +30,20 @@ def make_batch(step: int, rank: int):
     )
 
 
-def run_stage(folder: Path, config, stage: int, resume_from: Path | None, rank: int) -> list[float]:
-    """Trains from scratch (saving on the way) or from a checkpoint; returns the loss of every step done."""
+def run_stage(
+    folder: Path, config, stage: int, resume_from: Path | None, rank: int, accumulate: int = 1
+) -> list[float]:
+    """Trains from scratch (saving on the way) or from a checkpoint; returns the loss of every step done.
+
+    Every micro-batch of a step is the same one.
+    """
     from goal_ray.losses import GoalModel
     from goal_ray.model import ModelConfig, load_model
     from goal_ray.train.checkpoint import allocate_averages, load_averages, read_step, save_checkpoint
     from goal_ray.train.engine import build_engine, set_learning_rate
     from goal_ray.train.loop import train_step
 
-    config = replace(config, zero_stage=stage)
+    config = replace(config, zero_stage=stage, accumulate=accumulate)
     loaded = load_model(config.model if resume_from is None else ModelConfig(str(resume_from)), seed=0)
     model = GoalModel(loaded.clip, config.loss, loaded.preprocess["mean"], loaded.preprocess["std"])
     engine = build_engine(model, config)
@@ -49,7 +54,8 @@ def run_stage(folder: Path, config, stage: int, resume_from: Path | None, rank: 
     losses = []
     for step in range(first, STEPS):
         set_learning_rate(engine, 1e-3 / (step + 1))
-        terms = train_step(engine, make_batch(step, rank), config.loss.weights)
+        for _ in range(accumulate):
+            terms = train_step(engine, make_batch(step, rank), config.loss.weights)
         dist.all_reduce(terms)
         losses.append((terms / 2).sum().item())
         if resume_from is None and step + 1 == SAVED_AT:
@@ -69,6 +75,7 @@ def run_rank(rank: int, folder: str, tiny_clip: str) -> None:
     config = TrainConfig(ModelConfig(tiny_clip), DataConfig("unused"), batch_per_worker=4, workers=2, precision="fp32")
     root = Path(folder)
     curves = {f"stage {stage}": run_stage(root, config, stage, None, rank) for stage in (0, 1, 2, 3)}
+    curves["accumulated"] = run_stage(root / "accumulated", config, 2, None, rank, accumulate=3)
     for stage in (0, 1, 2, 3):
         source = root / f"stage-{(stage + 1) % 4}" / "checkpoints" / f"step-{SAVED_AT:08d}"
         curves[f"resumed in stage {stage}"] = run_stage(root, config, stage, source, rank)
@@ -94,3 +101,7 @@ def test_every_zero_stage_gives_the_same_loss_curve(curves, stage):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_checkpoint_of_another_stage_goes_on_as_if_never_stopped(curves, stage):
     assert curves[f"resumed in stage {stage}"] == pytest.approx(curves["stage 0"][SAVED_AT:], rel=1e-5)
+
+
+def test_accumulated_gradients_are_the_mean_over_the_micro_batches(curves):
+    assert curves["accumulated"] == pytest.approx(curves["stage 2"], rel=1e-5)

@@ -1,0 +1,114 @@
+"""What the workers read: the scan of the shards, and the stream of micro-batches."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+from paired_shards import write_shards
+
+from goal_ray.batches import unpack
+from goal_ray.errors import ShardError
+from goal_ray.losses import LossConfig
+from goal_ray.model import ModelConfig, load_model
+from goal_ray.order import BatchOrder
+from goal_ray.shards import expand_shards, write_tar
+from goal_ray.train.config import DataConfig, TrainConfig
+from goal_ray.train.ingest import BatchReader, stream_batches
+from goal_ray.train.loop import build_examples
+from goal_ray.train.scan import scan_shard, scan_shards
+
+BATCH = 4
+
+
+def make_reader(folder, tiny_clip, rank=0, ranks=1, pairs=1, loss=None, accumulate=1) -> BatchReader:
+    urls = tuple(expand_shards(str(folder)))
+    loss = loss or LossConfig()
+    config = TrainConfig(ModelConfig(tiny_clip), DataConfig(str(folder), pairs_per_image=pairs), loss)
+    counts = tuple(len(scan_shard(url, loss.needs_pairs)[0]) for url in urls)
+    order = BatchOrder(counts, BATCH * ranks * accumulate, seed=3, window_shards=16)
+    builder = pickle.dumps(build_examples(config, load_model(config.model)))
+    return BatchReader(urls, order, rank, ranks, accumulate, builder)
+
+
+def captions(batch) -> list[bytes]:
+    """Every picture's caption, as bytes without their padding."""
+    return sorted(np.trim_zeros(row.numpy(), "b").tobytes() for row in batch.text_BL)
+
+
+def read(reader, first, last):
+    return [unpack(packed) for packed, _ in stream_batches(reader, first, last)]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_stream_spans_epochs_and_may_start_anywhere(tmp_path, tiny_clip):
+    reader = make_reader(write_shards(tmp_path), tiny_clip)
+    whole = read(reader, 0, 20)  # 9 micro-batches an epoch
+    assert len(whole) == 20
+    assert captions(whole[0]) != captions(whole[9])
+    for late, same in zip(read(reader, 7, 20), whole[7:], strict=True):
+        assert all((a == b).all() for a, b in zip(late, same, strict=True))
+
+
+def test_two_workers_see_the_batch_that_one_sees(tmp_path, tiny_clip):
+    folder = write_shards(tmp_path)
+    layouts = {(ranks, accumulate): [] for ranks, accumulate in ((1, 2), (2, 1))}
+    for (ranks, accumulate), seen in layouts.items():
+        for rank in range(ranks):
+            reader = make_reader(folder, tiny_clip, rank, ranks, accumulate=accumulate)
+            for part in range(accumulate):
+                seen += captions(unpack(reader({"id": 5 * accumulate + part})["batch"]))
+    assert len(layouts[1, 2]) == 2 * BATCH
+    assert sorted(layouts[1, 2]) == sorted(layouts[2, 1])
+
+
+def test_every_picture_brings_as_many_pairs_as_asked(tmp_path, tiny_clip):
+    batch = unpack(make_reader(write_shards(tmp_path), tiny_clip, pairs=2)({"id": 0})["batch"])
+    assert batch.sample_index_M.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert len(batch.crops_M3SS) == len(batch.sentences_ML) == 2 * BATCH
+    assert (batch.spans_M2[:, 1] > batch.spans_M2[:, 0]).all()
+
+
+def test_without_local_terms_pairs_are_neither_needed_nor_read(tmp_path, tiny_clip):
+    loss = LossConfig(weight_local=0, weight_tsl_image=0, weight_tsl_text=0)
+    reader = make_reader(write_shards(tmp_path, without="pairs.json"), tiny_clip, loss=loss)
+    batch = unpack(reader({"id": 0})["batch"])
+    assert len(batch.images_B3SS) == BATCH
+    assert len(batch.sample_index_M) == 0
+
+
+def test_unreadable_samples_are_left_out_of_their_batch_and_named(tmp_path, tiny_clip):
+    broken = ["0-3", "1-5"]
+    reader = make_reader(write_shards(tmp_path, undecodable=broken), tiny_clip)
+    results = [reader({"id": number}) for number in range(9)]
+    bad = [record for result in results for record in json.loads(result["bad"])]
+    missing = sum(BATCH - len(unpack(result["batch"]).images_B3SS) for result in results)
+    assert {record["key"] for record in bad} <= set(broken)
+    assert len(bad) == missing >= 1
+    assert all(record["stage"] == "decode" and "ImageError" in record["reason"] for record in bad)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_scan_counts_usable_samples_and_names_the_others(tmp_path):
+    folder = write_shards(tmp_path / "shards", (3,))
+    write_tar(str(folder / "train-1.tar"), iter([("no-picture", {"txt": b"A cat."}), ("no-text", {"png": b"..."})]))
+    counts, bad = scan_shards(expand_shards(str(folder)), needs_pairs=False)
+    assert counts == [3, 0]
+    assert [record["key"] for record in bad] == ["no-picture", "no-text"]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_scan_of_unpaired_shards_says_to_run_lism(tmp_path):
+    counts, bad = scan_shards(expand_shards(str(write_shards(tmp_path, (3,), without="pairs.json"))), needs_pairs=True)
+    assert counts == [0]
+    assert len(bad) == 3
+    assert all("goal-ray lism" in record["reason"] for record in bad)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_truncated_tar_is_refused(tmp_path):
+    folder = write_shards(tmp_path)
+    tar = folder / "train-1.tar"
+    tar.write_bytes(tar.read_bytes()[:-3000])
+    with pytest.raises(ShardError, match=r"train-1\.tar: corrupt or truncated tar"):
+        scan_shards(expand_shards(str(folder)), needs_pairs=True)

@@ -1,0 +1,136 @@
+"""Runs that cannot start or go on are refused with the cause and the remedy, and leave no trace."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from paired_shards import write_shards
+from safetensors.torch import save_file
+
+from goal_ray.config import load_config, to_yaml
+from goal_ray.errors import ConfigError, GoalRayError, ShardError, StageError
+from goal_ray.losses import LossConfig
+from goal_ray.model import ModelConfig
+from goal_ray.train.config import DataConfig, TrainConfig
+from goal_ray.train.run import train
+
+
+@pytest.fixture
+def config(tmp_path, tiny_clip):
+    write_shards(tmp_path / "shards", (5, 4))
+    data = DataConfig(str(tmp_path / "shards"))
+    return TrainConfig(ModelConfig(tiny_clip), data, batch_per_worker=4, storage_path=str(tmp_path / "runs"))
+
+
+@pytest.fixture
+def started(config, tmp_path):
+    """The folder of a run of `config` that made one checkpoint, as far as a resume looks before Ray starts."""
+    run = tmp_path / "runs" / "goal"
+    checkpoint = run / "checkpoints" / "step-00000002"
+    checkpoint.mkdir(parents=True)
+    (run / "config.yaml").write_text(to_yaml(config))
+    for name in ("open_clip_model.safetensors", "optimizer.safetensors"):
+        save_file({"x": torch.zeros(100)}, checkpoint / name)
+    (checkpoint / "open_clip_config.json").write_text("{}")
+    (checkpoint / "state.json").write_text('{"step": 2}')
+    return run
+
+
+def test_missing_shards_are_refused(config, tmp_path):
+    with pytest.raises(ShardError, match="no such file or folder"):
+        train(replace(config, data=DataConfig(str(tmp_path / "nowhere"))))
+
+
+def test_an_empty_folder_is_refused(config, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ShardError, match=r"holds no \.tar"):
+        train(replace(config, data=DataConfig(str(tmp_path / "empty"))))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("optimizer.lrr=1", "optimizer.lrr: unknown key; allowed here: lr"),
+        ("workers=two", "workers"),
+        ("batch_per_worker=0", "batch_per_worker must be at least 1"),
+        ("zero_stage=4", "zero_stage"),
+        ("name=a/b", "name is one folder name"),
+        ("storage_path=s3://bucket/runs", "mounted folder"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_its_name(tmp_path, setting, message):
+    path = tmp_path / "train.yaml"
+    path.write_text("model: {name: ViT-B-16}\ndata: {shards: paired}\n")
+    with pytest.raises(ConfigError, match=message):
+        load_config(TrainConfig, path, [setting])
+
+
+@pytest.mark.usefixtures("started")
+def test_a_run_is_not_started_twice(config):
+    with pytest.raises(StageError, match="already holds a run; add --resume"):
+        train(config)
+
+
+def test_resuming_where_no_run_is_gets_refused(config, tmp_path):
+    with pytest.raises(StageError, match="holds no run to go on with; leave out --resume"):
+        train(config, resume=True)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 7}, "seed=7, it was 0"),
+        ({"loss": LossConfig(weight_local=2.0)}, "loss.weight_local=2.0, it was 0.5"),
+        ({"batch_per_worker": 8}, "a global batch of 8, it was 4"),
+    ],
+)
+@pytest.mark.usefixtures("started")
+def test_resuming_with_other_settings_names_them(config, changes, message):
+    with pytest.raises(StageError, match=message):
+        train(replace(config, **changes), resume=True)
+
+
+@pytest.mark.parametrize("name", ["open_clip_model.safetensors", "optimizer.safetensors", "open_clip_config.json"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_torn_checkpoint_is_refused_by_its_name(config, started, name, damage):
+    file = started / "checkpoints" / "step-00000002" / name
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        file.unlink()
+    with pytest.raises(
+        StageError, match=r"step-00000002 is damaged .*; delete this folder to go on from the checkpoint"
+    ):
+        train(config, resume=True)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_resuming_on_other_data_is_refused(config, started):
+    (started / "shards.json").write_text(json.dumps({"train-0.tar": 5, "train-1.tar": 400}))
+    with pytest.raises(StageError, match=r"the shards are not those .* train-1\.tar differ"):
+        train(config, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_per_worker": 40}, "hold 9 usable samples, less than a global batch of 40; lower the batch"),
+        ({"workers": 9, "batch_per_worker": 1, "device": "cpu"}, "9 workers and the ingest need 10 CPUs"),
+        ({"device": "cuda", "workers": 2, "batch_per_worker": 2}, "2 workers need 2 GPUs, the cluster has 0"),
+    ],
+)
+@pytest.mark.usefixtures("cluster")
+def test_what_the_data_or_the_cluster_cannot_carry_is_refused(config, tmp_path, changes, message):
+    with pytest.raises(StageError, match=message):
+        train(replace(config, **changes))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_unpaired_shards_are_refused_for_a_goal_loss_and_leave_no_run(config, tmp_path):
+    write_shards(tmp_path / "unpaired", without="pairs.json")
+    with pytest.raises(GoalRayError, match=r"37 of 37 samples are unusable.*goal-ray lism"):
+        train(replace(config, data=DataConfig(str(tmp_path / "unpaired"))))
+    assert not (tmp_path / "runs").exists()
