@@ -41,10 +41,7 @@ def run_main(main: Callable[[Sequence[str] | None], None], arguments: Sequence[s
     """Runs a stage's main; a user's error, or the system's, becomes one message on stderr and exit status 2."""
     try:
         main(arguments)
-    except GoalRayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except OSError as error:  # no rights, no room, no such place: the message names the file
+    except (GoalRayError, OSError) as error:  # OSError: no rights, no room, no such place; it names the file
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

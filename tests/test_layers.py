@@ -11,17 +11,16 @@ import pytest
 from goal_ray.__main__ import STAGES
 
 ROOT = Path(__file__).parents[1]
-ADAPTERS = ("cli", "ray_session", "__main__")
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for package in ("goal_ray", "kernels")
     for path in sorted((ROOT / package).rglob("*.py"))
 }
+OUTSIDE_CORE = tuple(f"goal_ray.{part}" for part in (*STAGES, "cli", "ray_session", "__main__"))
 CORE = [
     name
     for name in MODULES
-    if name.startswith("goal_ray.regions")
-    or (name.count(".") == 1 and name.split(".")[1] not in (*STAGES, *ADAPTERS, "regions"))
+    if name.startswith("goal_ray.") and not f"{name}.".startswith(tuple(f"{part}." for part in OUTSIDE_CORE))
 ]
 
 
@@ -66,7 +65,7 @@ def test_kernels_import_torch_and_triton_only(name):
 
 @pytest.mark.parametrize("name", CORE)
 def test_the_core_imports_no_stage(name):
-    assert within(all_imports(name), *(f"goal_ray.{part}" for part in (*STAGES, *ADAPTERS))) == set()
+    assert within(all_imports(name), *OUTSIDE_CORE) == set()
 
 
 @pytest.mark.parametrize("name", CORE)
