@@ -39,7 +39,8 @@ class LismConfig:
     max_area: regions larger than this share are left out (the paper: 80 %)
     max_side_px: the segmenter and the crops see a copy of the picture shrunk to this longer side
     max_pixels: larger pictures are quarantined unread
-    images_per_batch: pictures per call of a proposer or matcher actor
+    images_per_batch: pictures per call of a proposer or matcher actor, fewer where they are large; another number may
+        change the last digits of similarities
     proposer_actors: least and most proposer actors
     matcher_actors: least and most matcher actors
     device: auto takes GPUs where the cluster has them
@@ -71,5 +72,7 @@ class LismConfig:
         for name in ("max_side_px", "max_pixels", "images_per_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
+        if self.gpus_per_actor <= 0:
+            raise ValueError("gpus_per_actor must be more than 0; to use no GPU, set device=cpu")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError("max_bad_share must be between 0 and 1")

@@ -148,7 +148,9 @@ def write_paired_tar(source: str, target: str, pairs: Mapping[int, bytes]) -> No
                         if member.sample not in pairs or member.extension == PAIRS_EXTENSION:
                             continue
                     data = read_member(tar, member.info) if member.info.isreg() else b""
-                    output.addfile(member.info, io.BytesIO(data))
+                    # A sparse file's header tells of holes, which are filled now.
+                    header = member_info(member.info.name, len(data)) if member.info.issparse() else member.info
+                    output.addfile(header, io.BytesIO(data))
         except (tarfile.TarError, EOFError):
             if last is not None and last.sample in pairs:
                 raise

@@ -50,7 +50,7 @@ def test_textured_objects_are_found_with_few_proposals():
     scenes = [scene(seed) for seed in range(20)]
     proposer = FelzenszwalbConfig().build()
     best, counts = [], []
-    for (image, truth), regions in zip(scenes, proposer.propose([image for image, _ in scenes]), strict=True):
+    for (_, truth), regions in zip(scenes, proposer.propose([image for image, _ in scenes]), strict=True):
         kept = usable(regions, (160, 128))
         counts.append(len(kept.boxes_px))
         best.append(box_iou(truth, torch.from_numpy(kept.boxes_px)).max(1).values)

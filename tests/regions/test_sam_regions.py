@@ -9,53 +9,17 @@ import torch
 from safetensors.torch import save_file
 from segment_anything import SamAutomaticMaskGenerator
 from segment_anything.build_sam import _build_sam
-from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from tiny_sam import IMAGE_PX, tiny_sam
 
 from goal_ray.config import build_config
 from goal_ray.errors import ConfigError, ModelError
 from goal_ray.regions import SamConfig, usable
 from goal_ray.regions.sam import empty_sam, load_sam
 
-IMAGE_PX, PATCH_PX, EMBEDDING = 128, 16, 32
-
 
 @pytest.fixture(scope="module")
 def sam():
-    """A Sam for 128-px input: two blocks, one of them with windows, heads of 8 channels, masks of 32 × 32.
-
-    Its random weights are changed so that masks are blocks of 4 × 4 cells, not noise, and that they differ by point.
-    """
-    torch.manual_seed(3)
-    grid = IMAGE_PX // PATCH_PX
-    model = Sam(
-        image_encoder=ImageEncoderViT(
-            img_size=IMAGE_PX,
-            patch_size=PATCH_PX,
-            embed_dim=24,
-            depth=2,
-            num_heads=3,
-            out_chans=EMBEDDING,
-            use_rel_pos=True,
-            rel_pos_zero_init=False,
-            window_size=3,
-            global_attn_indexes=(1,),
-            norm_layer=lambda width: torch.nn.LayerNorm(width, eps=1e-6),
-        ),
-        prompt_encoder=PromptEncoder(EMBEDDING, (grid, grid), (IMAGE_PX, IMAGE_PX), 16),
-        mask_decoder=MaskDecoder(
-            transformer_dim=EMBEDDING, transformer=TwoWayTransformer(2, EMBEDDING, 8, 2048), num_multimask_outputs=3
-        ),
-        pixel_mean=[123.675, 116.28, 103.53],
-        pixel_std=[58.395, 57.12, 57.375],
-    )
-    decoder = model.mask_decoder
-    with torch.no_grad():
-        for layer in (decoder.output_upscaling[0], decoder.output_upscaling[3]):
-            layer.weight.copy_(4 * layer.weight.mean((2, 3), keepdim=True))
-        for head in (*decoder.output_hypernetworks_mlps, decoder.iou_prediction_head):
-            for layer in head.layers:
-                layer.weight.mul_(5)
-    return model.eval()
+    return tiny_sam()
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +95,7 @@ def test_regions_agree_with_the_official_generator_to_one_mask_cell(sam, checkpo
 def test_masks_thought_poor_or_unstable_are_left_out(checkpoint, image):
     all_of_them = everything(checkpoint, points_per_side=6).build().propose([image])[0]
     median = float(np.median(all_of_them.scores))
-    config = SamConfig(
-        checkpoint=checkpoint, points_per_side=6, pred_iou_thresh=median, stability_score_thresh=0.0
-    )
+    config = SamConfig(checkpoint=checkpoint, points_per_side=6, pred_iou_thresh=median, stability_score_thresh=0.0)
     assert 0 < len(config.build().propose([image])[0].scores) < len(all_of_them.scores)
     assert (config.build().propose([image])[0].scores > median).all()
     none = SamConfig(checkpoint=checkpoint, points_per_side=6, pred_iou_thresh=-1e9, stability_score_thresh=1.1)

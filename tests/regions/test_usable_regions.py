@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torchvision.ops import box_iou
-import torch
 
 from goal_ray.regions import Regions, usable
 
@@ -56,9 +56,7 @@ def test_no_regions_stay_no_regions():
 SCORES = st.sampled_from([0.25, 0.5, 1.0])  # few values, so that ties are common
 
 
-@given(
-    arrays(np.float32, st.tuples(st.integers(0, 12), st.just(4)), elements=st.integers(-20, 120)), st.data()
-)
+@given(arrays(np.float32, st.tuples(st.integers(0, 12), st.just(4)), elements=st.integers(-20, 120)), st.data())
 def test_result_is_valid_distinct_and_independent_of_the_order_given(boxes, data):
     scores = np.array(data.draw(st.lists(SCORES, min_size=len(boxes), max_size=len(boxes))))
     given_order = regions(boxes, scores)

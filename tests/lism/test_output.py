@@ -1,0 +1,153 @@
+"""The output folder: what a paired tar holds, and which shards count as done."""
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+from odd_tars import good, odd_but_good, read_members, write_members
+
+from goal_ray.lism.output import OutputFolder, ShardCounts, print_summary, summary, write_paired_tar
+from goal_ray.storage import size_bytes
+
+BAD = {"shard": "in.tar", "key": "k", "stage": "decode", "reason": "torn"}
+
+
+@pytest.fixture
+def shard(tmp_path):
+    """A tar of three usable samples."""
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / "in.tar"
+    write_members(path, [member for n in range(3) for member in good(f"s{n}", seed=n)])
+    return str(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return OutputFolder(str(tmp_path / "out"))
+
+
+def counted(shard, paired, bad):
+    counts = ShardCounts(size_bytes(shard))
+    for _ in range(paired):
+        counts.add_pairs(3, [0.5], 0)
+    for _ in range(bad):
+        counts.add_bad(BAD)
+    return counts
+
+
+def paired_names(shard, tmp_path, pairs):
+    write_paired_tar(shard, str(tmp_path / "x.tar"), pairs)
+    return [name for name, _ in read_members(tmp_path / "x.tar")]
+
+
+def test_pairs_stand_behind_the_members_of_their_sample(shard, tmp_path):
+    assert paired_names(shard, tmp_path, {0: b"{}", 2: b"{}"}) == [
+        *("s0.png", "s0.txt", "s0.pairs.json"),
+        *("s2.png", "s2.txt", "s2.pairs.json"),
+    ]
+
+
+def test_headers_of_members_stay_as_they_were(tmp_path):
+    write_members(tmp_path / "a.tar", odd_but_good())
+    write_paired_tar(str(tmp_path / "a.tar"), str(tmp_path / "x.tar"), dict.fromkeys(range(100), b"{}"))
+    with tarfile.open(tmp_path / "a.tar") as before, tarfile.open(tmp_path / "x.tar") as after:
+        kept = [info for info in after if not info.name.endswith(".pairs.json")]
+        for old, new in zip(before, kept, strict=True):
+            assert new.get_info() == old.get_info()
+
+
+def test_pairs_of_an_earlier_run_are_replaced(tmp_path):
+    path = tmp_path / "a.tar"
+    write_members(path, [*good("a")[:1], ("a.PAIRS.json", b"old"), *good("a")[1:], ("a.pairs.json", b"older")])
+    write_paired_tar(str(path), str(tmp_path / "x.tar"), {0: b"new"})
+    assert [(n, d) for n, d in read_members(tmp_path / "x.tar") if "pairs" in n.lower()] == [("a.pairs.json", b"new")]
+
+
+def test_a_link_and_a_sparse_file_survive(tmp_path):
+    path = tmp_path / "a.tar"
+    write_members(path, good("a"))
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("latest.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, "a.txt"
+        tar.addfile(link)
+        tar.addfile(*sparse("hole.bin"))
+    write_paired_tar(str(path), str(tmp_path / "x.tar"), {0: b"{}", 1: b"{}"})
+    with tarfile.open(tmp_path / "x.tar") as tar:
+        assert tar.getmember("latest.txt").linkname == "a.txt"
+        assert tar.extractfile("hole.bin").read() == bytes(512) + b"x" * 512
+
+
+def sparse(name):
+    """A GNU sparse member (PAX 0.1) of 1024 bytes whose first half is a hole."""
+    info = tarfile.TarInfo(name)
+    info.size = 512
+    info.pax_headers = {
+        "GNU.sparse.size": "1024",
+        "GNU.sparse.numblocks": "1",
+        "GNU.sparse.map": "512,512",
+    }
+    return info, io.BytesIO(b"x" * 512)
+
+
+def test_only_a_shard_with_all_its_outputs_is_finished(shard, folder):
+    assert folder.finished({shard: size_bytes(shard)}) == {}
+    counts = counted(shard, 2, 1)
+    folder.finish(shard, {0: b"{}", 1: b"{}"}, [BAD], counts)
+    assert folder.finished({shard: size_bytes(shard)}) == {shard: counts}
+
+
+@pytest.mark.parametrize("lost", ["in.tar", "done/in.tar.json", "quarantine/in.tar.jsonl"])
+def test_a_shard_that_lost_an_output_is_done_again(shard, folder, lost):
+    folder.finish(shard, {0: b"{}", 1: b"{}"}, [BAD], counted(shard, 2, 1))
+    os.unlink(f"{folder.url}/{lost}")
+    assert folder.finished({shard: size_bytes(shard)}) == {}
+
+
+def test_a_shard_whose_input_has_another_size_now_is_done_again(shard, folder):
+    folder.finish(shard, {0: b"{}"}, [], counted(shard, 1, 0))
+    assert folder.finished({shard: size_bytes(shard) + 512}) == {}
+
+
+def test_a_shard_done_again_leaves_nothing_of_the_first_time(shard, folder):
+    folder.finish(shard, {0: b"{}", 1: b"{}"}, [BAD], counted(shard, 2, 1))
+    folder.finish(shard, {0: b"{}", 1: b"{}", 2: b"{}"}, [], counted(shard, 3, 0))
+    assert os.listdir(f"{folder.url}/quarantine") == []
+    folder.finish(shard, {}, [BAD] * 3, counted(shard, 0, 3))
+    assert sorted(os.listdir(folder.url)) == ["done", "quarantine"]
+    assert set(folder.finished({shard: size_bytes(shard)})) == {shard}
+
+
+def test_a_write_that_fails_leaves_the_shard_undone_and_nothing_half_written(shard, folder):
+    os.makedirs(f"{folder.url}/in.tar")
+    with pytest.raises(OSError, match=r"in\.tar"):
+        folder.finish(shard, {0: b"{}"}, [], counted(shard, 1, 0))
+    assert folder.finished({shard: size_bytes(shard)}) == {}
+    assert os.listdir(folder.url) == ["in.tar"]
+
+
+def test_quarantine_has_a_json_line_for_every_bad_sample(shard, folder):
+    records = [{**BAD, "key": key} for key in ("k", "日本 ü", r"caf\xe9")]
+    folder.finish(shard, {}, records, counted(shard, 0, 3))
+    lines = Path(folder.url, "quarantine", "in.tar.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == records
+
+
+def test_the_summary_adds_up_shards_and_shows_similarities_and_first_reasons(capsys):
+    first, second = ShardCounts(), ShardCounts()
+    first.add_pairs(10, [-1.0, 0.26, 1.0], whole_image=1)
+    second.add_pairs(20, [0.26], whole_image=0)
+    for number in range(7):
+        second.add_bad({**BAD, "key": f"k{number}"})
+    result = summary([first, second], seconds=1.0)
+    assert (result["samples"], result["paired"], result["quarantined"]) == (9, 2, 7)
+    assert (result["regions_per_image"], result["sentences_per_image"], result["whole_image_share"]) == (15, 2, 0.25)
+    histogram = result["similarity_histogram"]
+    assert {number: count for number, count in enumerate(histogram) if count} == {0: 1, 25: 2, 39: 1}
+    print_summary(result)
+    printed = capsys.readouterr().out
+    assert "similarity +0.25..+0.30        2 █" in printed
+    assert "in.tar 'k0' (decode): torn" in printed
+    assert "2 more" in printed
