@@ -78,7 +78,8 @@ class PixelGeometry:
         )
         with torch.random.fork_rng(devices=[]):
             if seed is not None:
-                torch.manual_seed(seed)
+                # torch.manual_seed would also queue a call, with its stack, for a CUDA that is never started here.
+                torch.default_generator.manual_seed(seed)
             square, moved_M4 = self.transform(image, boxes)
         boxes_px = moved_M4.as_subclass(torch.Tensor)
         clipped_px = boxes_px.clamp(0, self.size_px)

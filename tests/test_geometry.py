@@ -82,6 +82,14 @@ def test_random_crop_is_fixed_by_its_seed_and_leaves_torchs_random_state_alone()
     assert not np.array_equal(first, other)
 
 
+def test_seeding_leaves_nothing_behind_however_often_it_is_done():
+    geometry = PixelGeometry(ResizeConfig("random_resized_crop"), SIZE, GRID)
+    before = len(torch.cuda._queued_calls)
+    for seed in range(3):
+        geometry(Image.new("RGB", (90, 120)), np.empty((0, 4)), seed)
+    assert len(torch.cuda._queued_calls) == before
+
+
 @given(st.lists(st.floats(-50, 150), min_size=4, max_size=4))
 def test_a_crop_is_never_empty_and_covers_its_box(values):
     x0, x1 = sorted(values[:2])
