@@ -79,16 +79,17 @@ PLACED_TEMPLATES = (
     "the {shape} {place} is {size}, {colour} and {pattern}.",
     "the {shape} {place} is {colour} and {pattern}.",
 )
-UNPLACED_TEMPLATES = (
+# Short captions name the main thing, as a picture's alt text does: no pattern, no size, and mostly no place.
+SHORT_TEMPLATES = (
     "{thing}.",
     "this is {thing}.",
     "here we see {thing}.",
     "a picture of {thing}.",
-    "the {shape} is {colour} and {pattern}.",
-    "the {pattern} {shape} is {colour}.",
+    "the {shape} is {colour}.",
+    "a {shape} in {colour}.",
+    "{thing} {place}.",
+    "the {shape} {place} is {colour}.",
 )
-# In a crop nobody sees the place; half of the short captions leave it out.
-UNPLACED_SHARE = 0.5
 
 TEXTURE_WORDS = {
     "plain": "plain",
@@ -131,7 +132,10 @@ class Sentence:
 
 
 def write_caption(scene: Scene, rng: Generator, short: bool) -> tuple[str, list[Sentence]]:
-    """The caption and its sentences in reading order. `short` leaves out what is about the scene as a whole."""
+    """The caption and its sentences in reading order.
+
+    A `short` one is like alt text: it names each object's shape and colour, sometimes its place, and nothing else.
+    """
     said: list[tuple[str, int | None]] = [
         (object_sentence(thing, rng, short), index) for index, thing in enumerate(scene.objects)
     ]
@@ -156,9 +160,8 @@ def object_sentence(thing: SceneObject, rng: Generator, short: bool) -> str:
         "shape": pick(rng, SHAPE_WORDS[thing.shape]),
         "place": pick(rng, PLACE_WORDS[thing.place]),
     }
-    words["thing"] = with_article(pick(rng, NOUN_PHRASES).format(**words))
-    unplaced = short and rng.random() < UNPLACED_SHARE
-    return capitalised(pick(rng, UNPLACED_TEMPLATES if unplaced else PLACED_TEMPLATES).format(**words))
+    words["thing"] = with_article(("{colour} {shape}" if short else pick(rng, NOUN_PHRASES)).format(**words))
+    return capitalised(pick(rng, SHORT_TEMPLATES if short else PLACED_TEMPLATES).format(**words))
 
 
 def scene_sentences(scene: Scene, rng: Generator) -> list[str]:

@@ -28,7 +28,7 @@ from goal_ray.storage import exists, join, list_names, read_bytes, write_bytes
 
 SETTINGS_FILE = "scenes.json"
 # Raise it when the same seed no longer gives the same bytes.
-VERSION = 1
+VERSION = 2
 
 
 @strict
@@ -40,7 +40,8 @@ class SceneSettings:
     size: picture height in pixels; the width varies from 1 to 1.25 times that
     min_objects: fewest objects in a scene
     max_objects: most objects in a scene, at most 9
-    short: captions speak of the objects only; a scene of one object is then drawn as a region crop shows it
+    short: captions name each object's shape and colour and little else, like alt text; a lone object is drawn as a
+        region crop shows it
     """
 
     shard_size: int = 250
