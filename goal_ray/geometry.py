@@ -15,6 +15,9 @@ from torchvision.transforms import InterpolationMode, v2
 
 from goal_ray.config import strict
 
+# Of a picture whose short side is resized: the longer side of a thread, 12,000×1 pixels, would become gigabytes.
+MAX_ASPECT = 32
+
 
 @strict
 @dataclass(frozen=True)
@@ -70,8 +73,9 @@ class PixelGeometry:
         A box is clipped to the square. One whose visible share is below `min_visible` becomes (0, 0, 0, 0), which the
         TSL leaves out.
         """
+        image, corner_px = middle(image) if self.config.mode == "shortest" else (image, (0, 0))
         boxes = tv_tensors.BoundingBoxes(
-            torch.from_numpy(np.asarray(boxes_px_M4, dtype=np.float32).reshape(-1, 4)),
+            torch.from_numpy(np.asarray(boxes_px_M4, dtype=np.float32).reshape(-1, 4) - np.float32([*corner_px] * 2)),
             format="XYXY",
             canvas_size=(image.height, image.width),
             clamping_mode=None,
@@ -88,6 +92,15 @@ class PixelGeometry:
         rows, columns = self.grid_HW
         scale = torch.tensor([columns, rows, columns, rows]) / self.size_px
         return np.asarray(square).transpose(2, 0, 1).copy(), (kept_px * scale).numpy()
+
+
+def middle(image: Image.Image) -> tuple[Image.Image, tuple[int, int]]:
+    """A thread without its ends, which the center crop would cut off anyway, and its corner (left, top) in pixels."""
+    longest = MAX_ASPECT * min(image.size)
+    left, top = (max(0, (side - longest) // 2) for side in image.size)
+    if left == top == 0:
+        return image, (0, 0)
+    return image.crop((left, top, image.width - left, image.height - top)), (left, top)
 
 
 def area(boxes_M4: torch.Tensor) -> torch.Tensor:

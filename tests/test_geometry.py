@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.transforms import InterpolationMode, v2
 
 from goal_ray.geometry import PixelGeometry, ResizeConfig, crop_box
 
@@ -62,6 +63,22 @@ def test_box_cut_away_by_center_crop_is_dropped():
     _, cells = geometry(Image.new("RGB", (300, 100)), boxes)
     assert cells[0].tolist() == [0, 0, 0, 0]
     assert cells[1].tolist() == [0, 0, 8, 8]
+
+
+@pytest.mark.parametrize("size", [(403, 4), (4, 1200), (12_000, 1)])
+def test_a_thread_is_cut_to_its_middle_and_its_boxes_with_it(size):
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    longest, center = int(np.argmax(size)), max(size) / 2
+    box = np.array([0, 0, *size], np.float32)
+    box[longest], box[longest + 2] = center - min(size) / 4, center + min(size) / 4  # half of the square that is kept
+    square, cells = PixelGeometry(ResizeConfig(), SIZE, GRID)(Image.fromarray(pixels), box[None])
+    expected = np.array([0, 0, 8, 8], np.float32)
+    expected[longest], expected[longest + 2] = 2, 6
+    # The resized side is cut to whole pixels of the model's square, here 4 to a cell.
+    assert cells[0] == pytest.approx(expected, abs=0.13)
+    if max(size) < 2000:
+        whole = v2.Compose([v2.Resize(SIZE, InterpolationMode.BICUBIC), v2.CenterCrop(SIZE)])(Image.fromarray(pixels))
+        assert np.array_equal(square, np.asarray(whole).transpose(2, 0, 1))
 
 
 def test_box_half_cut_is_clipped_and_kept_only_above_min_visible():

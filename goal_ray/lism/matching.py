@@ -14,8 +14,6 @@ from goal_ray.model import encode_image, encode_text, load_model
 from goal_ray.pairs import Pair
 from goal_ray.text import CaptionEncoder, pad_batch
 
-MAX_ASPECT = 32  # of a crop whose short side is resized; what is longer would become gigabytes
-
 
 @dataclass(frozen=True)
 class MatchTask:
@@ -65,17 +63,13 @@ class Matcher:
         chunks = []
         for start in range(0, len(crops), self.batch):
             squares = [
-                self.geometry(self._crop(image, box), np.empty((0, 4)))[0]
+                self.geometry(crop_box(image, tuple(box)), np.empty((0, 4)))[0]
                 for image, box in crops[start : start + self.batch]
             ]
             pixels = torch.from_numpy(np.stack(squares)).to(self.device)
             scaled = (pixels.float() / 255 - self.mean) / self.std
             chunks.append(F.normalize(encode_image(self.clip, scaled).pooled_BE.float(), dim=-1))
         return torch.cat(chunks)
-
-    def _crop(self, image: Image.Image, box: np.ndarray) -> Image.Image:
-        crop = crop_box(image, tuple(box))
-        return middle(crop) if self.geometry.config.mode == "shortest" else crop
 
     def _embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
         ids = [self.encoder.encode(text, [], self.context_length).ids for text in texts]
@@ -84,12 +78,3 @@ class Matcher:
             batch_BL = torch.from_numpy(pad_batch(ids[start : start + self.batch])).to(self.device)
             chunks.append(F.normalize(encode_text(self.clip, batch_BL).pooled_BE.float(), dim=-1))
         return torch.cat(chunks)
-
-
-def middle(crop: Image.Image) -> Image.Image:
-    """The crop with its ends cut off where it is a thread; the center crop to come would cut them off anyway."""
-    longest = MAX_ASPECT * min(crop.size)
-    if max(crop.size) <= longest:
-        return crop
-    left, top = (max(0, (side - longest) // 2) for side in crop.size)
-    return crop.crop((left, top, left + min(crop.width, longest), top + min(crop.height, longest)))

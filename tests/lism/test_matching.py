@@ -9,7 +9,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from goal_ray.lism.config import MatcherConfig
-from goal_ray.lism.matching import MAX_ASPECT, Matcher, MatchTask, middle
+from goal_ray.lism.matching import Matcher, MatchTask
 from goal_ray.model import ModelConfig
 
 
@@ -65,14 +65,6 @@ def test_pictures_of_any_shape_are_matched(tiny_clip, size, crop_mode):
     matcher = Matcher(MatcherConfig(ModelConfig(tiny_clip), crop_mode=crop_mode), "cpu")
     (pairs,) = matcher.match([task(0, [[0, 0, *size]], ["A thread."], size)])
     assert np.isfinite(pairs[0].similarity)
-
-
-def test_a_thread_is_cut_to_its_middle_which_the_center_crop_keeps(matcher):
-    row = np.random.default_rng(0).integers(0, 256, (4, 1200, 3), dtype=np.uint8)
-    thread = Image.fromarray(row)
-    assert middle(thread).size == (4 * MAX_ASPECT, 4)
-    no_boxes = np.empty((0, 4))
-    np.testing.assert_array_equal(matcher.geometry(middle(thread), no_boxes)[0], matcher.geometry(thread, no_boxes)[0])
 
 
 def test_embeddings_are_of_unit_length(matcher):
