@@ -6,6 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+# Read when `ray` is first imported, and by the processes it starts. The first, meant for other systems, makes Ray bind
+# to 127.0.0.1, which no argument of `ray.init` does.
+LOOPBACK_ONLY = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
 
 @contextmanager
 def ray_session(busy_cpus: int = 0) -> Iterator[None]:
@@ -17,13 +25,14 @@ def ray_session(busy_cpus: int = 0) -> Iterator[None]:
     shut down at the end.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        os.environ.update(LOOPBACK_ONLY)
     import ray
 
     if ray.is_initialized():
         yield
         return
-    address = os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address:
         ray.init(address=address, **quiet)
@@ -32,7 +41,6 @@ def ray_session(busy_cpus: int = 0) -> Iterator[None]:
             address="local",
             num_cpus=max(os.cpu_count() or 1, busy_cpus + 2),
             include_dashboard=False,
-            _node_ip_address="127.0.0.1",
             **quiet,
         )
     try:

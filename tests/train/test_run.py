@@ -11,7 +11,6 @@ from pathlib import Path
 
 import open_clip
 import pytest
-import ray
 import torch
 from paired_shards import write_shards
 from safetensors.torch import load_file
@@ -141,6 +140,8 @@ def test_too_many_unreadable_samples_stop_the_run_with_their_names(undisturbed, 
 
 @pytest.mark.usefixtures("cluster")
 def test_the_command_shows_one_progress_line_and_where_the_model_is(tmp_path, tiny_clip):
+    import ray
+
     shards = write_shards(tmp_path / "shards", without="pairs.json")
     path = tmp_path / "train.yaml"
     path.write_text(
@@ -167,6 +168,7 @@ def test_the_command_shows_one_progress_line_and_where_the_model_is(tmp_path, ti
 
 @pytest.mark.usefixtures("cluster")
 def test_the_death_of_a_worker_is_told_without_a_traceback(tmp_path):
+    import ray
     from ray.train import WorkerGroupError
 
     @ray.remote(num_cpus=0)
