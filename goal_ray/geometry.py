@@ -74,8 +74,11 @@ class PixelGeometry:
         TSL leaves out.
         """
         image, corner_px = middle(image) if self.config.mode == "shortest" else (image, (0, 0))
+        boxes_px_M4 = np.asarray(boxes_px_M4, np.float32).reshape(-1, 4) - np.array(
+            [*corner_px, *corner_px], np.float32
+        )
         boxes = tv_tensors.BoundingBoxes(
-            torch.from_numpy(np.asarray(boxes_px_M4, dtype=np.float32).reshape(-1, 4) - np.float32([*corner_px] * 2)),
+            torch.from_numpy(boxes_px_M4),
             format="XYXY",
             canvas_size=(image.height, image.width),
             clamping_mode=None,

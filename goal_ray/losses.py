@@ -7,7 +7,7 @@ reaches directly (final LayerNorm, projection).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -90,6 +90,9 @@ class GoalModel(nn.Module):
     bf16       towers and TSL under bfloat16 autocast over float32 weights; contrastive logits stay float32
     """
 
+    mean_311: Tensor
+    std_311: Tensor
+
     def __init__(
         self, clip: nn.Module, config: LossConfig, mean: Sequence[float], std: Sequence[float], bf16: bool = False
     ):
@@ -97,7 +100,7 @@ class GoalModel(nn.Module):
         image_tower(clip), text_tower(clip)  # refuses towers the loss cannot read
         if config.contrastive == "siglip" and clip.logit_bias is None:
             raise ModelError("loss.contrastive=siglip needs a model with a logit bias; use clip, or a SigLIP model")
-        self.clip = clip
+        self.clip: Any = clip
         self.config = config
         self.bf16 = bf16
         self.contrastive = ClipLoss() if config.contrastive == "clip" else SigLipLoss()
@@ -233,7 +236,7 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat([rows[:count] for rows, count in zip(gathered, counts, strict=True)])
 
     @staticmethod
-    def backward(ctx, gradient_NE: Tensor):  # type: ignore[override]
+    def backward(ctx, gradient_NE: Tensor):
         return gradient_NE[ctx.start : ctx.start + ctx.count] * ctx.ranks, None
 
 

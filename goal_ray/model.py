@@ -53,10 +53,10 @@ class TowerOutput(NamedTuple):
 class TextTower(NamedTuple):
     """The parts of a native text tower, wherever open_clip's class keeps them."""
 
-    module: nn.Module
+    module: Any
     token_embedding: nn.Embedding
     positional_embedding: nn.Parameter
-    transformer: nn.Module
+    transformer: Any
     ln_final: nn.LayerNorm
     projection_DE: nn.Parameter | None
     attn_mask: Tensor | None
@@ -66,6 +66,7 @@ class TextTower(NamedTuple):
 
 def text_tower(clip: nn.Module) -> TextTower:
     """The text tower's parts, for `open_clip.CLIP` and `CustomTextCLIP` alike. Raises ModelError for other towers."""
+    module: Any
     if isinstance(clip, open_clip.CLIP):
         module, pool_type, eos_id = clip, clip.text_pool_type, clip.text_eos_id
     elif isinstance(getattr(clip, "text", None), TextTransformer):
@@ -162,7 +163,7 @@ def stretch_positions(table_LD: Tensor, length: int, keep: int = KEPT_POSITIONS)
     return torch.cat([table_LD[:keep], stretched])
 
 
-def stretch_text(clip: nn.Module, length: int) -> None:
+def stretch_text(clip: Any, length: int) -> None:
     """Gives a model's text tower `length` positions, in place."""
     tower = text_tower(clip)
     old = tower.positional_embedding

@@ -8,7 +8,7 @@ import io
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import IO, Literal
+from typing import IO, Literal, Self
 
 from braceexpand import braceexpand
 from fsspec.core import url_to_fs
@@ -128,7 +128,7 @@ class _MarkedInfo(tarfile.TarInfo):
     """Notes on the tar that its end mark was read; `tarfile` itself takes a cut between two members for the end."""
 
     @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
         try:
             return super().fromtarfile(tar)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
