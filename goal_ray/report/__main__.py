@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from goal_ray.cli import parser, run_main
 from goal_ray.report.run import write_report
 
-DESCRIPTION = """Write one HTML page about training runs: settings, loss curves, retrieval metrics, pictures with their regions.
+DESCRIPTION = """Write one HTML page about training runs: settings, curves, retrieval metrics, pictures with regions.
 
 RUN is a folder that `goal-ray train` made; several runs are drawn over each other, each in a colour of its own. Metrics
 come from RUN/evaluation/, which `goal-ray evaluate RUN SHARDS` fills. The pictures are a sample of the paired shards

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib import style
 from matplotlib.figure import Figure
 
@@ -63,7 +63,7 @@ def draw_curves(runs: Sequence[RunRecords]) -> list[Curves]:
         }
         if lines:
             latest = [(number, f"{values[-1]:.4g}") for number, (_, values) in lines.items()]
-            found.append(Curves(title, draw(lines), latest))
+            found.append(Curves(title, draw(title, lines), latest))
     return found
 
 
@@ -74,8 +74,8 @@ def read_curve(run: RunRecords, key: str) -> tuple[np.ndarray, np.ndarray]:
     return steps, values
 
 
-def draw(lines: dict[int, tuple[np.ndarray, np.ndarray]]) -> Markup:
-    """SVG of steps against values for each run's number. A gap stands for NaN or infinity."""
+def draw(title: str, lines: dict[int, tuple[np.ndarray, np.ndarray]]) -> Markup:
+    """SVG, named by the title, of steps against values for each run's number. A gap stands for NaN or infinity."""
     with style.context(STYLE):
         figure = Figure(figsize=(4.6, 2.7), layout="constrained")
         axes = figure.add_subplot()
@@ -89,7 +89,7 @@ def draw(lines: dict[int, tuple[np.ndarray, np.ndarray]]) -> Markup:
             axes.plot(steps, finite, color=colour(number), linewidth=width, marker="o" if len(steps) == 1 else "")
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    return inline(file.getvalue())
+    return inline(file.getvalue(), title)
 
 
 def thin(column: np.ndarray) -> np.ndarray:
@@ -97,9 +97,9 @@ def thin(column: np.ndarray) -> np.ndarray:
     return np.array([part.mean() for part in np.array_split(column, min(len(column), MAX_POINTS))])
 
 
-def inline(svg: str) -> Markup:
+def inline(svg: str, title: str) -> Markup:
     """Matplotlib's file as an element of a page: no prologue, size from the page, ink in the page's text colour."""
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     head, tail = svg.split(">", 1)
     head = re.sub(r' (width|height|xmlns|xmlns:xlink|version)="[^"]*"', "", head)
-    return Markup(head + ' role="img">' + tail.replace(INK, "currentColor"))
+    return Markup(f'{head} role="img" aria-label="{escape(title)}">' + tail.replace(INK, "currentColor"))

@@ -91,7 +91,7 @@ def best_of(column: Sequence[float | None], name: str) -> float | None:
 
 
 def to_text(value: float | None, name: str) -> str:
-    """A recall with two digits; a dash where it is not defined, at K ≥ the number of samples."""
+    """A recall with two digits; a dash where there was none, as there are no more than K to choose from."""
     if value is None:
         return "–"
     return f"{value:.2f}" if name in RECALLS else f"{value:g}"

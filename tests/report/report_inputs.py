@@ -1,0 +1,129 @@
+"""Real inputs of a report, and a reader of the page."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+from goal_ray.pairs import Pair, PairRecord, Region
+from goal_ray.shards import Sample, stream_samples, write_tar
+
+
+def pair_by_truth(sample: Sample) -> PairRecord:
+    """Every sentence on its object's box; sentences about the scene on the whole image."""
+    truth = json.loads(sample.members["json"])
+    width, height = truth["size"]
+    regions = [Region((0.0, 0.0, float(width), float(height)), 1.0, "image")]
+    regions += [Region(tuple(thing["box"]), 1.0, "truth") for thing in truth["objects"]]
+    sentences, pairs = [], []
+    for number, sentence in enumerate(truth["sentences"]):
+        sentences.append((sentence["start"], sentence["end"]))
+        region = 0 if sentence["object"] is None else sentence["object"] + 1
+        pairs.append(Pair(number, region, round(0.2 + 0.01 * number, 3)))
+    return PairRecord((width, height), tuple(sentences), tuple(regions), tuple(pairs), {})
+
+
+def write_paired(source: str, target: Path) -> None:
+    """A tar of scenes with the pairs of the truth added."""
+
+    def paired() -> Iterator[tuple[str, dict[str, bytes]]]:
+        for sample in stream_samples(source):
+            yield sample.key, {**sample.members, "pairs.json": pair_by_truth(sample).to_bytes()}
+
+    write_tar(str(target), paired())
+
+
+def log_record(step: int, **changes: Any) -> dict[str, Any]:
+    """A log line as `goal_ray.train.loop.LogWindow` makes it."""
+    return {
+        "step": step,
+        "total_steps": 40,
+        "epoch": step / 10,
+        "loss": 4.0 / step,
+        "loss_global": 3.0 / step,
+        "loss_local": 2.0 / step,
+        "loss_tsl_image": 0.5 / step,
+        "loss_tsl_text": 0.25 / step,
+        "lr": 1e-4 / step,
+        "grad_norm": None,
+        "images_per_s": 100.0,
+        **changes,
+    }
+
+
+def add_evaluation(run: Path, name: str = "test", **changes: Any) -> None:
+    """An evaluation as `goal_ray.evaluate` stores it."""
+    direction = {"R@1": 10.0, "R@5": 30.0, "R@25": 60.0, "R@50": 80.0, "median_rank": 12.5}
+    result = {
+        "model": str(run / "checkpoints" / "step-00000040"),
+        "shards": f"shards/{name}/",
+        "text_to_image": direction,
+        "image_to_text": direction,
+        "count": 100,
+        "pictures": 100,
+        "captions": 100,
+        "repeated": 0,
+        "skipped": [],
+        "seconds": 1.0,
+        **changes,
+    }
+    (run / "evaluation").mkdir(exist_ok=True)
+    (run / "evaluation" / f"{name}.json").write_text(json.dumps(result))
+
+
+@dataclass
+class Element:
+    """A tag of a page: all text inside it, and the elements inside it, outer before inner."""
+
+    tag: str
+    attributes: dict[str, str]
+    text: str = ""
+    inside: list["Element"] = field(default_factory=list)
+
+    def find(self, tag: str, class_: str = "") -> list["Element"]:
+        """The elements inside of a tag, and of a class where one is given."""
+        return [
+            e for e in self.inside if e.tag == tag and (not class_ or class_ in e.attributes.get("class", "").split())
+        ]
+
+
+class _Reader(HTMLParser):
+    VOID = ("meta", "br")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = [Element("page", {})]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> Element:
+        element = Element(tag, {name: value or "" for name, value in attrs})
+        for outer in self.open:
+            outer.inside.append(element)
+        return element
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        element = self.handle_startendtag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.append(element)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop().tag == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, data: str) -> None:
+        for outer in self.open:
+            outer.text += data
+
+
+def read_page(path: str | Path) -> Element:
+    """The page as elements. Fails where tags do not nest."""
+    reader = _Reader()
+    reader.feed(Path(path).read_text(encoding="utf-8"))
+    reader.close()
+    assert len(reader.open) == 1
+    return reader.open[0]
+
+
+def section(page: Element, name: str) -> Element:
+    """A section of the page by its id."""
+    return next(e for e in page.find("section") if e.attributes["id"] == name)
