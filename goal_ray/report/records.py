@@ -13,7 +13,9 @@ from goal_ray.config import load_config
 from goal_ray.errors import StageError
 from goal_ray.evaluate.run import EVALUATION_FOLDER
 from goal_ray.train.config import TrainConfig
-from goal_ray.train.run import CONFIG_FILE, METRICS_FILE, QUARANTINE_FILE, RESULT_FILE
+from goal_ray.train.recorder import METRICS_FILE
+from goal_ray.train.run import CONFIG_FILE
+from goal_ray.train.scan import QUARANTINE_FILE
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,6 @@ class RunRecords:
     config_yaml  the resolved config as stored
     metrics      log records, oldest first; empty before the first log line
     quarantine   a record for every bad sample
-    seconds      wall time of a finished run
     """
 
     name: str
@@ -46,7 +47,6 @@ class RunRecords:
     metrics: list[dict[str, Any]]
     evaluations: list[Evaluation]
     quarantine: list[dict[str, Any]]
-    seconds: float | None
 
 
 _EVALUATION = TypeAdapter(Evaluation)
@@ -77,10 +77,9 @@ def read_run(folder: Path, name: str) -> RunRecords:
         folder,
         load_config(TrainConfig, folder / CONFIG_FILE),
         (folder / CONFIG_FILE).read_text(encoding="utf-8"),
-        read_lines(folder / METRICS_FILE, ("step", "total_steps", "loss")),
+        read_lines(folder / METRICS_FILE, ("step", "total_steps", "loss", "seconds")),
         [read_evaluation(path) for path in sorted((folder / EVALUATION_FOLDER).glob("*.json"))],
         read_lines(folder / QUARANTINE_FILE, ("stage", "reason")),
-        read_seconds(folder / RESULT_FILE),
     )
 
 
@@ -118,11 +117,3 @@ def read_evaluation(path: Path) -> Evaluation:
             f"{path}: not an evaluation: {place + ': ' if place else ''}{first['msg']}; "
             "make it again with `goal-ray evaluate`, or delete it"
         ) from None
-
-
-def read_seconds(path: Path) -> float | None:
-    """The wall time of a finished run; None while it goes on."""
-    try:
-        return float(json.loads(path.read_bytes())["seconds"]) if path.exists() else None
-    except (ValueError, TypeError, KeyError) as error:
-        raise StageError(f"{path}: damaged ({error!r}); delete it") from None

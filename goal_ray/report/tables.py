@@ -38,7 +38,7 @@ def settings(run: RunRecords) -> dict[str, str]:
         "precision": config.precision,
         "ZeRO stage": str(config.zero_stage),
         "seed": str(config.seed),
-        "time": "not finished" if run.seconds is None else f"{run.seconds:.0f} s",
+        "time": f"{last['seconds']:.0f} s" if last else "–",
     }
 
 

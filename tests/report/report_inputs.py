@@ -36,7 +36,7 @@ def write_paired(source: str, target: Path) -> None:
 
 
 def log_record(step: int, **changes: Any) -> dict[str, Any]:
-    """A log line as `goal_ray.train.loop.LogWindow` makes it."""
+    """A log line as training leaves it."""
     return {
         "step": step,
         "total_steps": 40,
@@ -49,6 +49,7 @@ def log_record(step: int, **changes: Any) -> dict[str, Any]:
         "lr": 1e-4 / step,
         "grad_norm": None,
         "images_per_s": 100.0,
+        "seconds": 2.0 * step,
         **changes,
     }
 

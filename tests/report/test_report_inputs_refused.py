@@ -57,13 +57,6 @@ def test_a_file_that_is_no_evaluation_is_named(make_run, content):
         write_report([str(run)])
 
 
-def test_a_damaged_result_is_named(make_run):
-    run = make_run()
-    (run / "result.json").write_text("{")
-    with pytest.raises(StageError, match=r"result\.json: damaged"):
-        write_report([str(run)])
-
-
 def test_a_page_that_cannot_be_written_is_named(make_run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StageError, match=r"page\.html: cannot be written .* --out"):

@@ -95,6 +95,7 @@ def test_settings_stand_side_by_side_and_differences_are_marked(make_run):
     ]
     assert rows["loss weights"].attributes == {"class": "differs"}
     assert [cell.text for cell in rows["steps"].find("td")] == ["40 of 40"] * 2
+    assert [cell.text for cell in rows["time"].find("td")] == ["80 s"] * 2
     assert rows["steps"].attributes == {}
 
 
