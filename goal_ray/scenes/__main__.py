@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "size": "picture height in pixels; the width is 1 to 1.25 times that",
         "min_objects": "fewest objects in a scene",
         "max_objects": "most objects in a scene, at most 9",
+        "family": "consecutive scenes that share all but the patterns of their objects",
     }.items():
         flag = f"--{name.replace('_', '-')}"
         command.add_argument(flag, type=int, default=getattr(defaults, name), help=f"{text} (default: %(default)s)")

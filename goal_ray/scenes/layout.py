@@ -1,7 +1,8 @@
 """What is in a scene and where: everything is decided here; `drawing` and `captions` only render it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -128,9 +129,24 @@ def draw_looks(rng: Generator, background: str, count: int) -> list[tuple[str, s
     looks: list[tuple[str, str, str]] = []
     while len(looks) < count:
         look = (str(rng.choice(list(SHAPES))), str(rng.choice(colours)), str(rng.choice(PATTERNS)))
-        if all(sum(a == b for a, b in zip(look, other, strict=True)) <= 1 for other in looks):
+        if all(distinct(look, other) for other in looks):
             looks.append(look)
     return looks
+
+
+def distinct(look: tuple[str, str, str], other: tuple[str, str, str]) -> bool:
+    """Whether two looks differ in at least two of shape, colour and pattern."""
+    return sum(a == b for a, b in zip(look, other, strict=True)) <= 1
+
+
+def look_alike(scene: Scene, rng: Generator) -> Scene:
+    """The same scene but for the objects' patterns, which are drawn anew: only the details tell the two apart."""
+    while True:
+        patterns = rng.choice(PATTERNS, size=len(scene.objects)).tolist()
+        objects = tuple(replace(thing, pattern=name) for thing, name in zip(scene.objects, patterns, strict=True))
+        looks = [(thing.shape, thing.colour, thing.pattern) for thing in objects]
+        if objects != scene.objects and all(distinct(*pair) for pair in combinations(looks, 2)):
+            return replace(scene, objects=objects)
 
 
 def draw_turn(rng: Generator, shape: str) -> float:

@@ -22,7 +22,7 @@ from goal_ray.config import strict
 from goal_ray.errors import ConfigError, StageError
 from goal_ray.scenes.captions import write_caption
 from goal_ray.scenes.drawing import render
-from goal_ray.scenes.layout import MAX_OBJECTS, crop_scene, full_scene
+from goal_ray.scenes.layout import MAX_OBJECTS, crop_scene, full_scene, look_alike
 from goal_ray.shards import write_tar
 from goal_ray.storage import exists, join, list_names, read_bytes, write_bytes
 
@@ -40,6 +40,7 @@ class SceneSettings:
     size: picture height in pixels; the width varies from 1 to 1.25 times that
     min_objects: fewest objects in a scene
     max_objects: most objects in a scene, at most 9
+    family: so many consecutive scenes are look-alikes, which share all but the patterns of their objects
     short: captions name each object's shape and colour and little else, like alt text; a lone object is drawn as a
         region crop shows it
     """
@@ -48,11 +49,14 @@ class SceneSettings:
     size: int = 128
     min_objects: int = 4
     max_objects: int = 6
+    family: int = 1
     short: bool = False
 
     def __post_init__(self) -> None:
         if self.shard_size < 1:
             raise ValueError("shard_size must be at least 1")
+        if self.family < 1:
+            raise ValueError("family must be at least 1, which makes every scene different")
         if not 32 <= self.size <= 4096:
             raise ValueError("size must be between 32 and 4096 pixels")
         if not 1 <= self.min_objects <= self.max_objects <= MAX_OBJECTS:
@@ -111,10 +115,14 @@ def claim_folder(folder: str, wanted: dict[str, Any]) -> None:
 
 def draw_scene(seed: int, index: int, settings: SceneSettings) -> tuple[str, dict[str, bytes]]:
     """One scene as a sample: its key, and extension -> bytes."""
-    rng = np.random.default_rng([seed, index])
+    first = index - index % settings.family
+    rng = np.random.default_rng([seed, first])
     count = int(rng.integers(settings.min_objects, settings.max_objects + 1))
     cropped = settings.short and count == 1
     scene = crop_scene(rng, settings.size) if cropped else full_scene(rng, settings.size, count)
+    if index > first:
+        rng = np.random.default_rng([seed, index])
+        scene = look_alike(scene, rng)
     caption, sentences = write_caption(scene, rng, settings.short)
     image, boxes = render(scene, rng)
     png = io.BytesIO()

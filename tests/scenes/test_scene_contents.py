@@ -168,3 +168,15 @@ def test_every_word_of_the_vocabulary_turns_up_and_hardly_any_scene_repeats():
     assert {truth["background"]["texture"] for truth in truths} == set(TEXTURES)
     looks = [frozenset((t["shape"], t["colour"], t["pattern"]) for t in truth["objects"]) for truth in truths]
     assert len(set(looks)) == len(looks)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=seeds, family=st.integers(2, 5))
+def test_look_alikes_share_all_but_the_patterns_of_their_objects(seed, family):
+    truths = [drawn(seed, SceneSettings(size=32, family=family), index)[2] for index in range(family + 1)]
+    patterns = [[thing.pop("pattern") for thing in truth["objects"]] for truth in truths]
+    first, *alike, stranger = truths
+    for truth, drawn_patterns in zip(alike, patterns[1:family], strict=True):
+        assert (truth["objects"], truth["background"]) == (first["objects"], first["background"])
+        assert drawn_patterns != patterns[0]
+    assert stranger["objects"] != first["objects"]

@@ -1,0 +1,79 @@
+"""The demo's script on real Ray, DeepSpeed and models, at a size that takes seconds; its own size is `make demo`."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+
+from goal_ray.demo import run as demo
+from goal_ray.scenes.run import SceneSettings
+
+STEPS = {"max_steps": 2, "batch_per_worker": 4, "checkpoint_every": 2, "log_every": 1}
+
+
+@pytest.fixture(scope="module")
+def made(cluster, tiny_clip, tmp_path_factory):  # noqa: ARG001 (Ray must run)
+    """The demo's folder and result, for small sets of scenes, a tiny model and two steps a run."""
+    recipes, out = tmp_path_factory.mktemp("recipes"), tmp_path_factory.mktemp("out")
+    for name in ("start.yaml", "finetune.yaml"):
+        tree = yaml.safe_load((demo.HERE / name).read_text())
+        (recipes / name).write_text(yaml.safe_dump(tree | STEPS))
+    shutil.copy(tiny_clip, recipes / "demo_clip.json")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "HERE", recipes)
+        patch.setattr(
+            demo,
+            "SCENES",
+            {
+                "short": demo.SceneSet(16, SceneSettings(size=48, max_objects=1, min_objects=1, short=True), 1),
+                "train": demo.SceneSet(16, SceneSettings(size=64), 2),
+                "test": demo.SceneSet(60, SceneSettings(size=64), 3),
+            },
+        )
+        result = demo.run_demo(out, range(1))
+        before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors") if "checkpoints" in path.parts}
+        again = demo.run_demo(out, range(1))
+        after = {path: path.stat().st_mtime_ns for path in before}
+    return {"out": out, "result": result, "again": again, "before": before, "after": after}
+
+
+def test_demo_measures_start_global_and_goal_on_the_same_held_out_scenes(made):
+    (result,) = made["result"]["seeds"]
+    assert list(result["models"]) == ["start", "global", "goal"]
+    assert {model["count"] for model in result["models"].values()} == {60}
+    assert all(0 <= model["text_to_image"]["R@1"] <= 100 for model in result["models"].values())
+    assert json.loads((made["out"] / demo.RESULT_FILE).read_text()) == made["again"]
+
+
+def test_demos_two_runs_differ_in_loss_weights_and_name_alone(made):
+    first, second = (
+        yaml.safe_load((made["out"] / "runs" / name / "config.yaml").read_text()) for name in ("global", "goal")
+    )
+    assert {key for key in first if first[key] != second[key]} == {"loss", "name"}
+    weights = {key for key in first["loss"] if first["loss"][key] != second["loss"][key]}
+    assert weights == {"weight_local", "weight_tsl_image", "weight_tsl_text"}
+
+
+def test_demo_run_again_trains_nothing_and_gives_the_same_numbers(made):
+    assert made["before"]
+    assert made["after"] == made["before"]
+    first, again = made["result"]["seeds"][0], made["again"]["seeds"][0]
+    assert again["models"] == first["models"]
+    assert again["lism"] == first["lism"]
+
+
+def test_demo_writes_a_report_of_its_runs(made):
+    html = (made["out"] / "report.html").read_text()
+    assert all(name in html for name in ("start", "global", "goal"))
+
+
+def test_spread_over_seeds_is_mean_and_sample_deviation():
+    def result(goal: float) -> dict:
+        recall = {direction: {"R@1": 1.0, "R@5": 2.0} for direction in demo.DIRECTIONS}
+        better = {direction: {"R@1": goal, "R@5": 2.0} for direction in demo.DIRECTIONS}
+        return {"models": {"start": recall, "global": recall, "goal": better}}
+
+    found = demo.spread([result(2.0), result(4.0)])
+    assert found["models"]["goal"]["text_to_image"]["R@1"] == pytest.approx({"mean": 3.0, "std": 2**0.5})
+    assert found["goal_minus_global_R@1"]["image_to_text"] == pytest.approx({"mean": 2.0, "std": 2**0.5})
