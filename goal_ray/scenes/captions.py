@@ -12,23 +12,14 @@ SIZE_WORDS = {
     "medium": ("medium", "medium-sized", "mid-sized"),
     "large": ("large", "big", "huge"),
 }
-PATTERN_WORDS = {
-    "solid": ("solid", "plain"),
-    "striped": ("striped", "stripy"),
-    "dotted": ("dotted", "spotted"),
-    "checkered": ("checkered", "chequered"),
-    "zigzag": ("zigzag", "zigzag-patterned"),
-    "gridded": ("gridded", "grid-patterned"),
-    "two-tone": ("two-tone", "half-and-half"),
-}
-PATTERN_ENDINGS = {
-    "solid": ("in one flat tone", "without any pattern"),
-    "striped": ("with stripes", "covered in stripes"),
-    "dotted": ("with dots", "covered in dots"),
-    "checkered": ("with a checkerboard pattern", "covered in checks"),
-    "zigzag": ("with zigzag lines", "covered in zigzags"),
-    "gridded": ("with a grid on it", "covered by a grid"),
-    "two-tone": ("with one half paler", "split into two tones"),
+PATTERN_PHRASES = {
+    "solid": ("in one flat tone", "without any pattern", "in plain colour"),
+    "striped": ("with {accent} stripes", "striped in {accent}", "covered in {accent} stripes"),
+    "dotted": ("with {accent} dots", "dotted in {accent}", "covered in {accent} spots"),
+    "checkered": ("with {accent} checks", "checkered in {accent}", "covered in {accent} checks"),
+    "zigzag": ("with {accent} zigzags", "zigzagged in {accent}", "covered in {accent} zigzag lines"),
+    "gridded": ("with a {accent} grid", "gridded in {accent}", "under a {accent} grid"),
+    "two-tone": ("with one half {accent}", "half {accent}", "two-toned in {accent}"),
 }
 SHAPE_WORDS = {
     "circle": ("circle", "disc"),
@@ -56,12 +47,9 @@ PLACE_WORDS = {
     "bottom right": ("at the bottom right", "in the lower right corner"),
 }
 NOUN_PHRASES = (
-    "{size} {colour} {pattern} {shape}",
-    "{size} {pattern} {colour} {shape}",
-    "{colour} {pattern} {shape} of {plain_size} size",
-    "{size} {colour} {shape} {ending}",
-    "{colour} {pattern} {shape}",
-    "{pattern} {colour} {shape}",
+    "{size} {colour} {shape} {pattern}",
+    "{colour} {shape} of {plain_size} size {pattern}",
+    "{colour} {shape} {pattern}",
 )
 PLACED_TEMPLATES = (
     "{thing} sits {place}.",
@@ -76,8 +64,8 @@ PLACED_TEMPLATES = (
     "look {place} for {thing}.",
     "we notice {thing} {place}.",
     "somebody has drawn {thing} {place}.",
-    "the {shape} {place} is {size}, {colour} and {pattern}.",
-    "the {shape} {place} is {colour} and {pattern}.",
+    "the {shape} {place} is {size} and {colour}, {pattern}.",
+    "the {shape} {place} is {colour}, {pattern}.",
 )
 # Short captions name the main thing, as a picture's alt text does: no pattern, no size, and mostly no place.
 SHORT_TEMPLATES = (
@@ -155,8 +143,7 @@ def object_sentence(thing: SceneObject, rng: Generator, short: bool) -> str:
         "size": pick(rng, SIZE_WORDS[thing.size]),
         "plain_size": thing.size,
         "colour": thing.colour,
-        "pattern": pick(rng, PATTERN_WORDS[thing.pattern]),
-        "ending": pick(rng, PATTERN_ENDINGS[thing.pattern]),
+        "pattern": pick(rng, PATTERN_PHRASES[thing.pattern]).format(accent=thing.accent),
         "shape": pick(rng, SHAPE_WORDS[thing.shape]),
         "place": pick(rng, PLACE_WORDS[thing.place]),
     }

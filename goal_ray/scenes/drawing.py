@@ -67,7 +67,7 @@ def paint(canvas: Floats, thing: SceneObject, rng: Generator) -> Box:
     second_share = np.minimum(shares(ImageChops.multiply(second, mask)), alpha - edge_share)
 
     drop_shadow(canvas, mask, left, top, thing.side_px)
-    main, other, dark = tones(thing.colour, rng)
+    main, other, dark = tones(thing, rng)
     height, width = alpha.shape
     light = 1.06 - 0.12 * np.add.outer(np.linspace(0, 1, height), np.linspace(0, 1, width)).astype(np.float32) / 2
     mixed = main * (alpha - edge_share - second_share)[..., None]
@@ -109,17 +109,11 @@ def blend(canvas: Floats, alpha: Floats, colour: Floats, left: int, top: int) ->
     view += (colour - view) * alpha
 
 
-def tones(colour: str, rng: Generator) -> tuple[Floats, Floats, Floats]:
-    """The object's main colour, the pattern's second colour and the rim's, each (3,) in 0-255.
-
-    The second colour is a tint or shade of the first, so that a pattern does not bring in another colour's name.
-    """
-    main = np.array(COLOURS[colour], np.float32) + rng.uniform(-8, 8, 3).astype(np.float32)
-    if colour in ("white", "yellow"):
-        return main, main * 0.6, main * 0.5
-    if colour == "black":
-        return main, main + 115, main * 0.5
-    return main, main + (255 - main) * 0.68, main * 0.55
+def tones(thing: SceneObject, rng: Generator) -> tuple[Floats, Floats, Floats]:
+    """The object's main colour, its accent and its rim, each (3,) in 0-255."""
+    main = np.array(COLOURS[thing.colour], np.float32) + rng.uniform(-8, 8, 3).astype(np.float32)
+    accent = main if thing.accent is None else np.array(COLOURS[thing.accent], np.float32)
+    return main, accent, main * 0.55
 
 
 def pattern_field(thing: SceneObject, size: tuple[int, int], rng: Generator) -> NDArray[np.bool_]:

@@ -53,11 +53,16 @@ MIN_CONTRAST = 100.0
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: its words, and its geometry in px of the image. `side_px` is the root of the bounding box's area."""
+    """One object: its words, and its geometry in px of the image.
+
+    accent   the pattern's second colour; None for a solid object
+    side_px  root of the bounding box's area
+    """
 
     shape: str
     colour: str
     pattern: str
+    accent: str | None
     size: str
     place: str
     centre_px: tuple[float, float]
@@ -95,8 +100,8 @@ def full_scene(rng: Generator, height_px: int, count: int) -> Scene:
     width_px = round(height_px * rng.uniform(1.0, 1.25))
     background, texture = str(rng.choice(list(BACKGROUNDS))), str(rng.choice(TEXTURES))
     looks = draw_looks(rng, background, count)
-    turns = [draw_turn(rng, shape) for shape, _, _ in looks]
-    extents = [np.ptp(outline(shape, turn)[0], axis=0) for (shape, _, _), turn in zip(looks, turns, strict=True)]
+    turns = [draw_turn(rng, look.shape) for look in looks]
+    extents = [np.ptp(outline(look.shape, turn)[0], axis=0) for look, turn in zip(looks, turns, strict=True)]
     objects = tuple(
         SceneObject(*look, spot.size, place_name(*divmod(spot.cell, 3)), spot.centre_px, spot.side_px, turn)
         for look, turn, spot in zip(looks, turns, arrange(rng, extents, width_px, height_px), strict=True)
@@ -109,8 +114,8 @@ def crop_scene(rng: Generator, height_px: int) -> Scene:
     width_px = round(height_px * rng.uniform(1.0, 1.25))
     background, texture = str(rng.choice(list(BACKGROUNDS))), str(rng.choice(TEXTURES))
     look = draw_looks(rng, background, 1)[0]
-    turn = draw_turn(rng, look[0])
-    extent = np.ptp(outline(look[0], turn)[0], axis=0)
+    turn = draw_turn(rng, look.shape)
+    extent = np.ptp(outline(look.shape, turn)[0], axis=0)
     room = np.array([width_px, height_px]) - 2.0
     side = min(math.sqrt(rng.uniform(*CROP_FILL) * width_px * height_px), *(room / extent).tolist())
     slack = (room - side * extent) / 2
@@ -122,29 +127,52 @@ def crop_scene(rng: Generator, height_px: int) -> Scene:
     return Scene((width_px, height_px), background, texture, (thing,), zoom)
 
 
-def draw_looks(rng: Generator, background: str, count: int) -> list[tuple[str, str, str]]:
-    """(shape, colour, pattern) of each object: visible on the background, any two differ in at least two of them."""
-    behind = np.array(BACKGROUNDS[background])
-    colours = [name for name, rgb in COLOURS.items() if np.linalg.norm(np.array(rgb) - behind) > MIN_CONTRAST]
-    looks: list[tuple[str, str, str]] = []
+class Look(NamedTuple):
+    """What an object looks like; see SceneObject."""
+
+    shape: str
+    colour: str
+    pattern: str
+    accent: str | None
+
+
+def draw_looks(rng: Generator, background: str, count: int) -> list[Look]:
+    """The look of each object: visible on the background, and any two distinct."""
+    colours = contrasting(BACKGROUNDS[background])
+    looks: list[Look] = []
     while len(looks) < count:
-        look = (str(rng.choice(list(SHAPES))), str(rng.choice(colours)), str(rng.choice(PATTERNS)))
+        shape, colour = str(rng.choice(list(SHAPES))), str(rng.choice(colours))
+        look = Look(shape, colour, *draw_pattern(rng, colour))
         if all(distinct(look, other) for other in looks):
             looks.append(look)
     return looks
 
 
-def distinct(look: tuple[str, str, str], other: tuple[str, str, str]) -> bool:
+def draw_pattern(rng: Generator, colour: str) -> tuple[str, str | None]:
+    """A pattern for an object of that colour, and its accent."""
+    pattern = str(rng.choice(PATTERNS))
+    return pattern, None if pattern == "solid" else str(rng.choice(contrasting(COLOURS[colour])))
+
+
+def contrasting(rgb: Rgb) -> list[str]:
+    """The colours that are easily seen on another."""
+    return [name for name, other in COLOURS.items() if np.linalg.norm(np.array(other) - np.array(rgb)) > MIN_CONTRAST]
+
+
+def distinct(look: Look, other: Look) -> bool:
     """Whether two looks differ in at least two of shape, colour and pattern."""
-    return sum(a == b for a, b in zip(look, other, strict=True)) <= 1
+    return sum(a == b for a, b in zip(look[:3], other[:3], strict=True)) <= 1
 
 
 def look_alike(scene: Scene, rng: Generator) -> Scene:
     """The same scene but for the objects' patterns, which are drawn anew: only the details tell the two apart."""
     while True:
-        patterns = rng.choice(PATTERNS, size=len(scene.objects)).tolist()
-        objects = tuple(replace(thing, pattern=name) for thing, name in zip(scene.objects, patterns, strict=True))
-        looks = [(thing.shape, thing.colour, thing.pattern) for thing in objects]
+        patterns = [draw_pattern(rng, thing.colour) for thing in scene.objects]
+        objects = tuple(
+            replace(thing, pattern=pattern, accent=accent)
+            for thing, (pattern, accent) in zip(scene.objects, patterns, strict=True)
+        )
+        looks = [Look(thing.shape, thing.colour, thing.pattern, thing.accent) for thing in objects]
         if objects != scene.objects and all(distinct(*pair) for pair in combinations(looks, 2)):
             return replace(scene, objects=objects)
 

@@ -2,7 +2,8 @@
 
 Every sample is `KEY.png`, `KEY.txt` and `KEY.json`, the truth:
 `{"seed", "index", "size": [W, H], "background": {"colour", "texture"},
-  "objects": [{"box": [x0, y0, x1, y1] (px), "shape", "colour", "pattern", "size", "place"}],
+  "objects": [{"box": [x0, y0, x1, y1] (px), "shape", "colour", "pattern",
+               "accent" (the pattern's colour, or null), "size", "place"}],
   "sentences": [{"start", "end" (characters of KEY.txt), "object": index or null}]}`.
 For a scene drawn as a crop, `size` and `place` are those in the full scene that it is thought to be cut from.
 """
@@ -138,6 +139,7 @@ def draw_scene(seed: int, index: int, settings: SceneSettings) -> tuple[str, dic
                 "shape": thing.shape,
                 "colour": thing.colour,
                 "pattern": thing.pattern,
+                "accent": thing.accent,
                 "size": thing.size,
                 "place": thing.place,
             }

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from goal_ray.scenes.captions import PATTERN_ENDINGS, PATTERN_WORDS, PLACE_WORDS, SHAPE_WORDS, SIZE_WORDS
+from goal_ray.scenes.captions import PATTERN_PHRASES, PLACE_WORDS, SHAPE_WORDS, SIZE_WORDS
 from goal_ray.scenes.drawing import SUPERSAMPLE, object_mask, render
 from goal_ray.scenes.layout import (
     BACKGROUNDS,
@@ -133,8 +133,8 @@ def test_a_sentence_says_nothing_untrue_of_its_object_and_a_short_one_no_detail(
         text = caption[sentence["start"] : sentence["end"]].lower().strip(".").replace(",", "")
         assert thing["colour"] in text
         assert any(word in text for word in SHAPE_WORDS[thing["shape"]])
-        detail = any(word in text for word in PATTERN_WORDS[thing["pattern"]] + PATTERN_ENDINGS[thing["pattern"]])
-        assert detail is not short
+        details = [phrase.format(accent=thing["accent"]) for phrase in PATTERN_PHRASES[thing["pattern"]]]
+        assert any(detail in text for detail in details) is not short
         forbidden = {word for name, words in SIZE_WORDS.items() if short or name != thing["size"] for word in words}
         assert not forbidden & set(text.split())
         places = [name for name, words in PLACE_WORDS.items() if any(f"{word} " in f"{text} " for word in words)]
@@ -174,7 +174,7 @@ def test_every_word_of_the_vocabulary_turns_up_and_hardly_any_scene_repeats():
 @given(seed=seeds, family=st.integers(2, 5))
 def test_look_alikes_share_all_but_the_patterns_of_their_objects(seed, family):
     truths = [drawn(seed, SceneSettings(size=32, family=family), index)[2] for index in range(family + 1)]
-    patterns = [[thing.pop("pattern") for thing in truth["objects"]] for truth in truths]
+    patterns = [[(thing.pop("pattern"), thing.pop("accent")) for thing in truth["objects"]] for truth in truths]
     first, *alike, stranger = truths
     for truth, drawn_patterns in zip(alike, patterns[1:family], strict=True):
         assert (truth["objects"], truth["background"]) == (first["objects"], first["background"])
