@@ -36,7 +36,7 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Folder with real captions and weights for tests, named by GOAL_RAY_SHARED; tests that need it are skipped without."""
+    """Folder with real captions and weights, named by GOAL_RAY_SHARED; tests that need it are skipped without."""
     folder = os.environ.get("GOAL_RAY_SHARED")
     if not folder:
         pytest.skip("GOAL_RAY_SHARED names no folder with test data")

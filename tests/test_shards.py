@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from pathlib import Path
 
 import pytest
 import webdataset
@@ -36,11 +37,11 @@ def test_the_webdataset_library_reads_the_same_samples(tar):
 
 def test_equal_samples_give_equal_bytes(tar, tmp_path):
     write_tar(str(tmp_path / "b.tar"), iter(SAMPLES))
-    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
+    assert Path(tar).read_bytes() == (tmp_path / "b.tar").read_bytes()
 
 
 def test_the_index_points_at_the_members(tar):
-    data = open(tar, "rb").read()
+    data = Path(tar).read_bytes()
     for entry, (key, members) in zip(index_shard(tar), SAMPLES, strict=True):
         assert entry.key == key
         assert {name: data[at : at + size] for name, (at, size) in entry.members.items()} == members
@@ -49,11 +50,10 @@ def test_the_index_points_at_the_members(tar):
 @pytest.mark.parametrize("cut", [0, 100, 512, 1500, 3584, 4096, 4608, 5000, 5632, 7000, 9000])
 def test_a_tar_cut_anywhere_yields_only_complete_samples_and_says_so(tar, tmp_path, cut):
     part = tmp_path / "part.tar"
-    part.write_bytes(open(tar, "rb").read()[:cut])
+    part.write_bytes(Path(tar).read_bytes()[:cut])
     read = []
     with pytest.raises(ShardError, match=r"part\.tar: corrupt or truncated"):
-        for sample in stream_samples(str(part)):
-            read.append((sample.key, sample.members))
+        read.extend((sample.key, sample.members) for sample in stream_samples(str(part)))
     assert read == SAMPLES[: len(read)]
     with pytest.raises(ShardError, match="corrupt or truncated"):
         index_shard(str(part))
