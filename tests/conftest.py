@@ -6,15 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tiny_architecture import TINY_CLIP
 
 # One thread per process: the suite's processes share few cores, and small tensors gain nothing from more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-TINY_CLIP = {
-    "embed_dim": 32,
-    "vision_cfg": {"image_size": 32, "layers": 2, "width": 48, "head_width": 16, "patch_size": 8},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
-}
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import json
 import open_clip
 import pytest
 import torch
-from conftest import TINY_CLIP
+from tiny_architecture import TINY_CLIP
 
 from goal_ray.errors import ModelError
 from goal_ray.model import (
