@@ -52,15 +52,16 @@ def run_demo(out: str | Path, seeds: Sequence[int]) -> dict[str, Any]:
     interrupted call finished is not done again.
     """
     out = Path(out).absolute()
-    results = []
+    results: list[dict[str, Any]] = []
+    summary: dict[str, Any] = {}
     with ray_session(busy_cpus=2):
         for seed in seeds:
             folder = out if len(seeds) == 1 else out / f"seed-{seed}"
             results.append(run_seed(folder, seed))
-            print_result(results[-1], folder)
-    summary = {"seeds": results, **spread(results)}
-    write_bytes(str(out / RESULT_FILE), json.dumps(summary, indent=2).encode())
-    if len(seeds) > 1:
+            summary = {"seeds": results, **spread(results)}
+            write_bytes(str(out / RESULT_FILE), json.dumps(summary, indent=2).encode())
+            print_result(results[-1], out)
+    if len(results) > 1:
         print_spread(summary)
     return summary
 
@@ -109,7 +110,7 @@ def fit(recipe: str, folder: Path, seed: int, shards: str, model: str, more: Seq
     return train(config, resume=(folder / "runs" / config.name).exists())
 
 
-def print_result(result: Mapping[str, Any], folder: Path) -> None:
+def print_result(result: Mapping[str, Any], out: Path) -> None:
     """Prints one seed's table."""
     lism, count = result["lism"], result["models"]["goal"]["count"]
     columns = [(f"{at} {direction.replace('_to_', '→')}", direction, at) for at in RECALLS for direction in DIRECTIONS]
@@ -124,7 +125,7 @@ def print_result(result: Mapping[str, Any], folder: Path) -> None:
         f"LISM: {right:.1f} % of {lism['sentences']} sentences got a region with IoU ≥ 0.5 on the object they speak of;"
     )
     print(f"      {found:.1f} % of the objects have a proposed region with IoU ≥ 0.5")
-    print(f"curves and pictures: {result['report']}\nall numbers: {folder / RESULT_FILE}")
+    print(f"curves and pictures: {result['report']}\nall numbers: {out / RESULT_FILE}")
 
 
 def spread(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
