@@ -2,16 +2,19 @@
 
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 # Read when `ray` is first imported, and by the processes it starts. The first, meant for other systems, makes Ray bind
-# to 127.0.0.1, which no argument of `ray.init` does.
-LOOPBACK_ONLY = {
+# to 127.0.0.1, which no argument of `ray.init` does. The last keeps Ray from printing a warning into our output when
+# the runs of one session have started more processes than three times the CPUs; idle ones cost nothing but memory.
+PRIVATE_CLUSTER = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "GLOO_SOCKET_IFNAME": "lo",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_maximum_startup_concurrency": "16",
 }
 
 
@@ -27,7 +30,7 @@ def ray_session(busy_cpus: int = 0) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = os.environ.get("RAY_ADDRESS")
     if not address:
-        os.environ.update(LOOPBACK_ONLY)
+        os.environ.update(PRIVATE_CLUSTER)
     import ray
 
     if ray.is_initialized():
@@ -49,12 +52,31 @@ def ray_session(busy_cpus: int = 0) -> Iterator[None]:
         ray.shutdown()
 
 
+class Breather:
+    """Ray Data execution callback: a short rest after every step of its scheduler.
+
+    While the consumer is the slower side, as a training worker is, Ray's loop never waits: it would spin in a thread of
+    the consumer's own process, take most of a core, and stall the training behind the interpreter lock.
+    """
+
+    REST_S = 0.05
+
+    def before_execution_starts(self, executor: Any) -> None: ...
+    def after_execution_succeeds(self, executor: Any) -> None: ...
+    def after_execution_fails(self, executor: Any, error: Exception) -> None: ...
+
+    def on_execution_step(self, executor: Any) -> None:  # noqa: ARG002
+        time.sleep(self.REST_S)
+
+
 def quiet_ray_data(preserve_order: bool) -> None:
-    """Sets this process's Ray Data context: no progress bars of its own, no log chatter, output order as asked."""
+    """Sets this process's Ray Data context: no progress bars or log chatter, no busy waiting, output order as asked."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    if Breather not in context.custom_execution_callback_classes:
+        context.custom_execution_callback_classes.append(Breather)
     context.execution_options.preserve_order = preserve_order
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)

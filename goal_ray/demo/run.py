@@ -38,7 +38,7 @@ class SceneSet:
 
 
 SCENES = {
-    "short": SceneSet(8000, SceneSettings(size=72, min_objects=1, max_objects=3, short=True), 1),
+    "short": SceneSet(6000, SceneSettings(size=72, min_objects=1, max_objects=3, short=True), 1),
     "train": SceneSet(300, SceneSettings(shard_size=75), 2),
     "test": SceneSet(1000, SceneSettings(), 3),
 }
