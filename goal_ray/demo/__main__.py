@@ -12,8 +12,8 @@ Draws scenes; trains a small CLIP on short captions as the start; finds local pa
 start, fine-tunes on few long captions (a) with the global loss only and (b) with GOAL: same steps, same data order.
 Both are evaluated on held-out scenes. Needs no GPU, no downloads, about 10 minutes on 2 cores, and 1 GB of disk.
 
-OUT gets the scenes, the runs, demo.json with all numbers, and report.html. Run the same command again after an
-interruption: it goes on."""
+OUT/seed-0 gets the scenes, the runs and report.html; OUT/demo.json all numbers. Run the same command again after an
+interruption, or with more seeds: it goes on."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -46,7 +46,7 @@ SEED_STRIDE = 1000
 
 
 def run_demo(out: str | Path, seeds: Sequence[int]) -> dict[str, Any]:
-    """Runs the demo once per seed, in folders OUT/seed-N (OUT itself for one seed). Prints and stores the results.
+    """Runs the demo once per seed, each in a folder OUT/seed-N. Prints and stores the results.
 
     Returns {"seeds": [result per seed], "mean": …, "spread": …}; a result is what `run_seed` returns. What an earlier,
     interrupted call finished is not done again.
@@ -56,8 +56,7 @@ def run_demo(out: str | Path, seeds: Sequence[int]) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     with ray_session(busy_cpus=2):
         for seed in seeds:
-            folder = out if len(seeds) == 1 else out / f"seed-{seed}"
-            results.append(run_seed(folder, seed))
+            results.append(run_seed(out / f"seed-{seed}", seed))
             summary = {"seeds": results, **spread(results)}
             write_bytes(str(out / RESULT_FILE), json.dumps(summary, indent=2).encode())
             print_result(results[-1], out)

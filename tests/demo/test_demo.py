@@ -48,7 +48,8 @@ def test_demo_measures_start_global_and_goal_on_the_same_held_out_scenes(made):
 
 def test_demos_two_runs_differ_in_loss_weights_and_name_alone(made):
     first, second = (
-        yaml.safe_load((made["out"] / "runs" / name / "config.yaml").read_text()) for name in ("global", "goal")
+        yaml.safe_load((made["out"] / "seed-0" / "runs" / name / "config.yaml").read_text())
+        for name in ("global", "goal")
     )
     assert {key for key in first if first[key] != second[key]} == {"loss", "name"}
     weights = {key for key in first["loss"] if first["loss"][key] != second["loss"][key]}
@@ -64,7 +65,7 @@ def test_demo_run_again_trains_nothing_and_gives_the_same_numbers(made):
 
 
 def test_demo_writes_a_report_of_its_runs(made):
-    html = (made["out"] / "report.html").read_text()
+    html = (made["out"] / "seed-0" / "report.html").read_text()
     assert all(name in html for name in ("start", "global", "goal"))
 
 
