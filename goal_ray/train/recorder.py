@@ -99,8 +99,9 @@ class RunRecorder:
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a JSONL file that a killed run may have left in the middle of a line; none where it is missing."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    # Bytes: a key may hold a sign that str.splitlines takes for a line's end, and a torn line may end inside a sign.
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith(b"}")]
 
 
 def keep_steps(path: Path, last_step: int) -> list[dict[str, Any]]:
