@@ -69,7 +69,7 @@ def run_seed(folder: Path, seed: int) -> dict[str, Any]:
     """One demo in one folder.
 
     Returns {"seed", "seconds", "models": {"start" | "global" | "goal": {"train_seconds", "text_to_image",
-    "image_to_text", "count"}}, "lism": accuracy against the truth, "report": path}.
+    "image_to_text", "count"}}, "lism": accuracy against the truth, "report": its place in OUT}.
     """
     began = time.perf_counter()
     scenes = {name: str(folder / "scenes" / name) for name in SCENES}
@@ -86,7 +86,7 @@ def run_seed(folder: Path, seed: int) -> dict[str, Any]:
         "goal": fit("finetune.yaml", folder, seed, paired, str(start.model_dir)),
     }
     metrics = {name: evaluate(str(run.run_dir), scenes["test"]) for name, run in runs.items()}
-    report = write_report([str(run.run_dir) for run in runs.values()], str(folder / "report.html"))
+    write_report([str(run.run_dir) for run in runs.values()], str(folder / "report.html"))
     return {
         "seed": seed,
         "seconds": round(time.perf_counter() - began, 1),
@@ -98,7 +98,7 @@ def run_seed(folder: Path, seed: int) -> dict[str, Any]:
             for name, run in runs.items()
         },
         "lism": lism_accuracy(paired).as_dict(),
-        "report": report.url,
+        "report": f"{folder.name}/report.html",
     }
 
 
@@ -124,7 +124,7 @@ def print_result(result: Mapping[str, Any], out: Path) -> None:
         f"LISM: {right:.1f} % of {lism['sentences']} sentences got a region with IoU ≥ 0.5 on the object they speak of;"
     )
     print(f"      {found:.1f} % of the objects have a proposed region with IoU ≥ 0.5")
-    print(f"curves and pictures: {result['report']}\nall numbers: {out / RESULT_FILE}")
+    print(f"curves and pictures: {out / result['report']}\nall numbers: {out / RESULT_FILE}")
 
 
 def spread(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
