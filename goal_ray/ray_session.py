@@ -76,7 +76,7 @@ def quiet_ray_data(preserve_order: bool) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     if Breather not in context.custom_execution_callback_classes:
-        context.custom_execution_callback_classes.append(Breather)
+        context.custom_execution_callback_classes.append(Breather)  # type: ignore[arg-type]  # no base: ray comes late
     context.execution_options.preserve_order = preserve_order
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
