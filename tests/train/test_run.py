@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from paired_shards import write_shards
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from goal_ray.config import load_config
+from goal_ray.config import load_config, to_yaml
 from goal_ray.errors import StageError
 from goal_ray.model import ModelConfig
 from goal_ray.train.config import DataConfig, OptimizerConfig, TrainConfig
@@ -119,6 +121,33 @@ def test_a_resumed_run_quarantines_nothing_twice_and_adds_its_time(resumed, metr
     records = read_lines(resumed.run_dir / "quarantine.jsonl")
     assert sorted(record["key"] for record in records) == UNREADABLE
     assert resumed.seconds > metrics[SAVED - 1]["seconds"]
+
+
+def test_a_killed_driver_leaves_a_run_that_goes_on(undisturbed, metrics, tmp_path):
+    import ray
+
+    config = replace(undisturbed[0], storage_path=str(tmp_path))
+    path, run_dir = tmp_path / "train.yaml", tmp_path / config.name
+    path.write_text(to_yaml(config))
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "goal_ray.train", str(path)],
+        env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address},
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 180
+    while not (run_dir / "checkpoints" / f"step-{SAVED:08d}").exists():
+        assert driver.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    driver.kill()
+    assert driver.wait() == -signal.SIGKILL
+    assert not (run_dir / "result.json").exists()
+
+    train(config, resume=True)
+    again = read_lines(run_dir / "metrics.jsonl")
+    assert [record["step"] for record in again] == list(range(1, STEPS + 1))
+    assert [record["loss"] for record in again] == pytest.approx([record["loss"] for record in metrics], rel=1e-4)
+    assert sorted(record["key"] for record in read_lines(run_dir / "quarantine.jsonl")) == UNREADABLE
 
 
 def test_resuming_a_finished_run_changes_nothing(undisturbed):
