@@ -17,8 +17,6 @@ PATTERN_PHRASES = {
     "striped": ("with {accent} stripes", "striped in {accent}", "covered in {accent} stripes"),
     "dotted": ("with {accent} dots", "dotted in {accent}", "covered in {accent} spots"),
     "checkered": ("with {accent} checks", "checkered in {accent}", "covered in {accent} checks"),
-    "zigzag": ("with {accent} zigzags", "zigzagged in {accent}", "covered in {accent} zigzag lines"),
-    "gridded": ("with a {accent} grid", "gridded in {accent}", "under a {accent} grid"),
     "two-tone": ("with one half {accent}", "half {accent}", "two-toned in {accent}"),
 }
 SHAPE_WORDS = {
@@ -27,13 +25,7 @@ SHAPE_WORDS = {
     "triangle": ("triangle",),
     "star": ("star", "five-pointed star"),
     "cross": ("cross", "plus sign"),
-    "ring": ("ring", "hoop"),
-    "hexagon": ("hexagon",),
-    "diamond": ("diamond", "rhombus"),
     "heart": ("heart",),
-    "crescent": ("crescent", "crescent moon"),
-    "arrow": ("arrow",),
-    "drop": ("drop", "teardrop"),
 }
 PLACE_WORDS = {
     "top left": ("at the top left", "in the upper left corner"),
@@ -67,18 +59,15 @@ PLACED_TEMPLATES = (
     "the {shape} {place} is {size} and {colour}, {pattern}.",
     "the {shape} {place} is {colour}, {pattern}.",
 )
-# Short captions name the main thing, as a picture's alt text does: no pattern, no size, and mostly no place.
+# Short captions say what things are, as a picture's alt text does: no size and no place.
+SHORT_NOUN_PHRASE = "{colour} {shape} {pattern}"
 SHORT_TEMPLATES = (
     "{thing}.",
     "this is {thing}.",
     "here we see {thing}.",
     "a picture of {thing}.",
-    "the {shape} is {colour}.",
-    "a {shape} in {colour}.",
-    "{thing} {place}.",
-    "the {shape} {place} is {colour}.",
+    "the {shape} is {colour}, {pattern}.",
 )
-
 TEXTURE_WORDS = {
     "plain": "plain",
     "fading": "fading",
@@ -122,7 +111,7 @@ class Sentence:
 def write_caption(scene: Scene, rng: Generator, short: bool) -> tuple[str, list[Sentence]]:
     """The caption and its sentences in reading order.
 
-    A `short` one is like alt text: it names each object's shape and colour, sometimes its place, and nothing else.
+    A `short` one is like alt text: it names each object's shape, colour and pattern, and nothing else.
     """
     said: list[tuple[str, int | None]] = [
         (object_sentence(thing, rng, short), index) for index, thing in enumerate(scene.objects)
@@ -147,7 +136,7 @@ def object_sentence(thing: SceneObject, rng: Generator, short: bool) -> str:
         "shape": pick(rng, SHAPE_WORDS[thing.shape]),
         "place": pick(rng, PLACE_WORDS[thing.place]),
     }
-    words["thing"] = with_article(("{colour} {shape}" if short else pick(rng, NOUN_PHRASES)).format(**words))
+    words["thing"] = with_article((SHORT_NOUN_PHRASE if short else pick(rng, NOUN_PHRASES)).format(**words))
     return capitalised(pick(rng, SHORT_TEMPLATES if short else PLACED_TEMPLATES).format(**words))
 
 

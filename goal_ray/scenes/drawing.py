@@ -43,15 +43,14 @@ def object_mask(thing: SceneObject) -> tuple[Image.Image, tuple[int, int]]:
 
     The patch measures whole image pixels and has an empty margin of at least one.
     """
-    rings = [ring * thing.side_px + np.array(thing.centre_px) for ring in outline(thing.shape, thing.turn_rad)]
-    low = np.floor(rings[0].min(axis=0)).astype(int) - 1
-    high = np.ceil(rings[0].max(axis=0)).astype(int) + 1
+    ring = outline(thing.shape, thing.turn_rad) * thing.side_px + np.array(thing.centre_px)
+    low = np.floor(ring.min(axis=0)).astype(int) - 1
+    high = np.ceil(ring.max(axis=0)).astype(int) + 1
     width, height = ((high - low) * SUPERSAMPLE).tolist()
     mask = Image.new("L", (width, height))
-    pen = ImageDraw.Draw(mask)
-    for ring, fill in zip(rings, (255, 0), strict=False):
-        # PIL paints every pixel whose centre lies on the outline or inside: half a pixel moves centres to corners.
-        pen.polygon([tuple(point) for point in ((ring - low) * SUPERSAMPLE - 0.5).tolist()], fill=fill)
+    # PIL paints every pixel whose centre lies on the outline or inside: half a pixel moves centres to corners.
+    points = [tuple(point) for point in ((ring - low) * SUPERSAMPLE - 0.5).tolist()]
+    ImageDraw.Draw(mask).polygon(points, fill=255)
     return mask, (int(low[0]), int(low[1]))
 
 
@@ -132,10 +131,6 @@ def pattern_field(thing: SceneObject, size: tuple[int, int], rng: Generator) -> 
             return ((u / 0.25 + phase_u) % 1 - 0.5) ** 2 + ((v / 0.25 + phase_v) % 1 - 0.5) ** 2 < 0.095
         case "checkered":
             return (np.floor(u / 0.19 + phase_u) + np.floor(v / 0.19 + phase_v)) % 2 == 0
-        case "zigzag":
-            return (v / 0.3 + 0.9 * np.abs((u / 0.34 + phase_u) % 1 - 0.5) + phase_v) % 1 < 0.45
-        case "gridded":
-            return ((u / 0.27 + phase_u) % 1 < 0.24) | ((v / 0.27 + phase_v) % 1 < 0.24)
         case "two-tone":
             return u > 0
     return np.zeros((height, width), bool)

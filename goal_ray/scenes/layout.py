@@ -26,7 +26,7 @@ COLOURS: dict[str, Rgb] = {
     "white": (248, 247, 243),
     "black": (30, 30, 34),
 }
-PATTERNS = ("solid", "striped", "dotted", "checkered", "zigzag", "gridded", "two-tone")
+PATTERNS = ("solid", "striped", "dotted", "checkered", "two-tone")
 BACKGROUNDS: dict[str, Rgb] = {
     "cream": (243, 233, 208),
     "sand": (217, 192, 150),
@@ -101,7 +101,7 @@ def full_scene(rng: Generator, height_px: int, count: int) -> Scene:
     background, texture = str(rng.choice(list(BACKGROUNDS))), str(rng.choice(TEXTURES))
     looks = draw_looks(rng, background, count)
     turns = [draw_turn(rng, look.shape) for look in looks]
-    extents = [np.ptp(outline(look.shape, turn)[0], axis=0) for look, turn in zip(looks, turns, strict=True)]
+    extents = [np.ptp(outline(look.shape, turn), axis=0) for look, turn in zip(looks, turns, strict=True)]
     objects = tuple(
         SceneObject(*look, spot.size, place_name(*divmod(spot.cell, 3)), spot.centre_px, spot.side_px, turn)
         for look, turn, spot in zip(looks, turns, arrange(rng, extents, width_px, height_px), strict=True)
@@ -115,7 +115,7 @@ def crop_scene(rng: Generator, height_px: int) -> Scene:
     background, texture = str(rng.choice(list(BACKGROUNDS))), str(rng.choice(TEXTURES))
     look = draw_looks(rng, background, 1)[0]
     turn = draw_turn(rng, look.shape)
-    extent = np.ptp(outline(look.shape, turn)[0], axis=0)
+    extent = np.ptp(outline(look.shape, turn), axis=0)
     room = np.array([width_px, height_px]) - 2.0
     side = min(math.sqrt(rng.uniform(*CROP_FILL) * width_px * height_px), *(room / extent).tolist())
     slack = (room - side * extent) / 2

@@ -29,7 +29,7 @@ from goal_ray.storage import exists, join, list_names, read_bytes, write_bytes
 
 SETTINGS_FILE = "scenes.json"
 # Raise it when the same seed no longer gives the same bytes.
-VERSION = 2
+VERSION = 3
 
 
 @strict
@@ -42,8 +42,8 @@ class SceneSettings:
     min_objects: fewest objects in a scene
     max_objects: most objects in a scene, at most 9
     family: so many consecutive scenes are look-alikes, which share all but the patterns of their objects
-    short: captions name each object's shape and colour and little else, like alt text; a lone object is drawn as a
-        region crop shows it
+    short: captions name each object's shape, colour and pattern and nothing else, like alt text; a lone object is
+        drawn as a region crop shows it
     """
 
     shard_size: int = 250
