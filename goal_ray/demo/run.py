@@ -38,7 +38,7 @@ class SceneSet:
 
 
 SCENES = {
-    "short": SceneSet(6000, SceneSettings(size=72, min_objects=1, max_objects=3, short=True), 1),
+    "short": SceneSet(10000, SceneSettings(size=72, min_objects=2, max_objects=3, crops=0.6, short=True), 1),
     "train": SceneSet(300, SceneSettings(shard_size=75), 2),
     "test": SceneSet(1000, SceneSettings(), 3),
 }
@@ -79,7 +79,11 @@ def run_seed(folder: Path, seed: int) -> dict[str, Any]:
     start = fit("start.yaml", folder, seed, scenes["short"], str(HERE / "demo_clip.json"))
     paired = str(folder / "paired")
     matcher = f"matcher.model.name={start.model_dir}"
-    run_lism(scenes["train"], paired, load_config(LismConfig, None, [matcher, "matcher.model.weights="]))
+    run_lism(
+        scenes["train"],
+        paired,
+        load_config(LismConfig, None, [matcher, "matcher.model.weights=", "matcher.crop_mode=squash"]),
+    )
     runs = {
         "start": start,
         "global": fit("finetune.yaml", folder, seed, paired, str(start.model_dir), GLOBAL_ONLY),

@@ -59,15 +59,20 @@ PLACED_TEMPLATES = (
     "the {shape} {place} is {size} and {colour}, {pattern}.",
     "the {shape} {place} is {colour}, {pattern}.",
 )
-# Short captions say what things are, as a picture's alt text does: no size and no place.
-SHORT_NOUN_PHRASE = "{colour} {shape} {pattern}"
+# Short captions name the main things, as a picture's alt text does: no pattern, no size, and mostly no place. Those of
+# crops name places too: else a CLIP learns that places mean whole scenes, and matches sentences that name one with those.
+SHORT_NOUN_PHRASES = ("{colour} {shape}",)
 SHORT_TEMPLATES = (
     "{thing}.",
     "this is {thing}.",
     "here we see {thing}.",
     "a picture of {thing}.",
-    "the {shape} is {colour}, {pattern}.",
+    "the {shape} is {colour}.",
+    "a {shape} in {colour}.",
+    "{thing} {place}.",
+    "the {shape} {place} is {colour}.",
 )
+
 TEXTURE_WORDS = {
     "plain": "plain",
     "fading": "fading",
@@ -111,7 +116,7 @@ class Sentence:
 def write_caption(scene: Scene, rng: Generator, short: bool) -> tuple[str, list[Sentence]]:
     """The caption and its sentences in reading order.
 
-    A `short` one is like alt text: it names each object's shape, colour and pattern, and nothing else.
+    A `short` one is like alt text: it names each object's shape and colour, sometimes its place, and nothing else.
     """
     said: list[tuple[str, int | None]] = [
         (object_sentence(thing, rng, short), index) for index, thing in enumerate(scene.objects)
@@ -136,7 +141,7 @@ def object_sentence(thing: SceneObject, rng: Generator, short: bool) -> str:
         "shape": pick(rng, SHAPE_WORDS[thing.shape]),
         "place": pick(rng, PLACE_WORDS[thing.place]),
     }
-    words["thing"] = with_article((SHORT_NOUN_PHRASE if short else pick(rng, NOUN_PHRASES)).format(**words))
+    words["thing"] = with_article(pick(rng, SHORT_NOUN_PHRASES if short else NOUN_PHRASES).format(**words))
     return capitalised(pick(rng, SHORT_TEMPLATES if short else PLACED_TEMPLATES).format(**words))
 
 

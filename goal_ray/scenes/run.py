@@ -42,8 +42,8 @@ class SceneSettings:
     min_objects: fewest objects in a scene
     max_objects: most objects in a scene, at most 9
     family: so many consecutive scenes are look-alikes, which share all but the patterns of their objects
-    short: captions name each object's shape, colour and pattern and nothing else, like alt text; a lone object is
-        drawn as a region crop shows it
+    crops: share of the pictures that show one object alone, as a region cut from a scene shows it
+    short: captions name each object's shape and colour and little else, like alt text
     """
 
     shard_size: int = 250
@@ -51,6 +51,7 @@ class SceneSettings:
     min_objects: int = 4
     max_objects: int = 6
     family: int = 1
+    crops: float = 0.0
     short: bool = False
 
     def __post_init__(self) -> None:
@@ -58,6 +59,8 @@ class SceneSettings:
             raise ValueError("shard_size must be at least 1")
         if self.family < 1:
             raise ValueError("family must be at least 1, which makes every scene different")
+        if not 0 <= self.crops <= 1:
+            raise ValueError("crops must be between 0 and 1")
         if not 32 <= self.size <= 4096:
             raise ValueError("size must be between 32 and 4096 pixels")
         if not 1 <= self.min_objects <= self.max_objects <= MAX_OBJECTS:
@@ -118,9 +121,11 @@ def draw_scene(seed: int, index: int, settings: SceneSettings) -> tuple[str, dic
     """One scene as a sample: its key, and extension -> bytes."""
     first = index - index % settings.family
     rng = np.random.default_rng([seed, first])
-    count = int(rng.integers(settings.min_objects, settings.max_objects + 1))
-    cropped = settings.short and count == 1
-    scene = crop_scene(rng, settings.size) if cropped else full_scene(rng, settings.size, count)
+    if rng.random() < settings.crops:
+        scene = crop_scene(rng, settings.size)
+    else:
+        count = int(rng.integers(settings.min_objects, settings.max_objects + 1))
+        scene = full_scene(rng, settings.size, count)
     if index > first:
         rng = np.random.default_rng([seed, index])
         scene = look_alike(scene, rng)

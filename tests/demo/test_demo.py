@@ -26,7 +26,7 @@ def made(cluster, tiny_clip, tmp_path_factory):  # noqa: ARG001 (Ray must run)
             demo,
             "SCENES",
             {
-                "short": demo.SceneSet(16, SceneSettings(size=48, max_objects=1, min_objects=1, short=True), 1),
+                "short": demo.SceneSet(16, SceneSettings(size=48, crops=0.5, short=True), 1),
                 "train": demo.SceneSet(16, SceneSettings(size=64), 2),
                 "test": demo.SceneSet(60, SceneSettings(size=64), 3),
             },

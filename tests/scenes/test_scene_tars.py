@@ -109,6 +109,7 @@ def test_the_settings_are_recorded(tmp_path):
         (["--min-objects", "0"], "1 <= min_objects"),
         (["--size", "8"], "between 32 and 4096"),
         (["--shard-size", "0"], "shard_size must be at least 1"),
+        (["--crops", "1.5"], "crops must be between 0 and 1"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, flags, message):
@@ -118,7 +119,7 @@ def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, flags, m
 
 
 def test_short_captions_of_one_object_come_from_the_command_line(tmp_path, capsys):
-    flags = ["--count", "3", "--seed", "1", "--size", "48", "--short", "--min-objects", "1", "--max-objects", "1"]
+    flags = ["--count", "3", "--seed", "1", "--size", "48", "--short", "--crops", "1"]
     main([str(tmp_path), *flags])
     assert "3 scenes in 1 tars" in capsys.readouterr().out
     captions = [sample.caption() for sample in stream_samples(str(tmp_path / "scenes-000000.tar"))]
