@@ -60,7 +60,7 @@ PLACED_TEMPLATES = (
     "the {shape} {place} is {colour}, {pattern}.",
 )
 # Short captions name the main things, as a picture's alt text does: no pattern, no size, and mostly no place. Those of
-# crops name places too: else a CLIP learns that places mean whole scenes, and matches sentences that name one with those.
+# crops name places too: else a CLIP takes places for signs of whole scenes, and matches sentences that name one so.
 SHORT_NOUN_PHRASES = ("{colour} {shape}",)
 SHORT_TEMPLATES = (
     "{thing}.",
