@@ -38,7 +38,7 @@ class SceneSet:
 
 
 SCENES = {
-    "short": SceneSet(10000, SceneSettings(size=72, min_objects=2, max_objects=3, crops=0.6, short=True), 1),
+    "short": SceneSet(8000, SceneSettings(size=72, min_objects=2, max_objects=3, crops=0.6, short=True), 1),
     "train": SceneSet(300, SceneSettings(shard_size=75), 2),
     "test": SceneSet(1000, SceneSettings(), 3),
 }

@@ -14,7 +14,7 @@ each and some on the whole; it is mostly longer than CLIP's 77 tokens. OUT gets 
 KEY.txt and KEY.json (boxes in pixels, and which characters of the caption speak of which object), and scenes.json with
 the settings. The same command gives the same bytes; after an interruption it draws what is missing.
 
-With --short captions are like alt text: the shape and colour of each object, sometimes its place, no detail. With
+With --short captions are like alt text: the shape, colour and pattern of each object, sometimes its place. With
 --crops some pictures show one object alone, as a region cut from a scene shows it. Together that is what a CLIP should
 know before it is fine-tuned on long captions: --short --crops 0.6 --min-objects 2 --max-objects 3."""
 
@@ -37,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument(flag, type=int, default=getattr(defaults, name), help=f"{text} (default: %(default)s)")
     crops = "share of the pictures that show one object alone, as a region crop (default: %(default)s)"
     command.add_argument("--crops", type=float, default=defaults.crops, help=crops)
-    command.add_argument("--short", action="store_true", help="short captions without details")
+    command.add_argument(
+        "--short", action="store_true", help="short captions: no sizes, few places, nothing on the whole scene"
+    )
     options = vars(command.parse_args(arguments))
     out, count, seed = options.pop("out"), options.pop("count"), options.pop("seed")
     started = time.monotonic()

@@ -59,18 +59,18 @@ PLACED_TEMPLATES = (
     "the {shape} {place} is {size} and {colour}, {pattern}.",
     "the {shape} {place} is {colour}, {pattern}.",
 )
-# Short captions name the main things, as a picture's alt text does: no pattern, no size, and mostly no place. Those of
-# crops name places too: else a CLIP takes places for signs of whole scenes, and matches sentences that name one so.
-SHORT_NOUN_PHRASES = ("{colour} {shape}",)
+# Short captions say what things are, as a picture's alt text does: no size, and mostly no place. Those of crops name
+# places too: else a CLIP takes places for signs of whole scenes, and matches sentences that name one so.
+SHORT_NOUN_PHRASES = ("{colour} {shape} {pattern}",)
 SHORT_TEMPLATES = (
     "{thing}.",
     "this is {thing}.",
     "here we see {thing}.",
     "a picture of {thing}.",
-    "the {shape} is {colour}.",
-    "a {shape} in {colour}.",
+    "the {shape} is {colour}, {pattern}.",
     "{thing} {place}.",
-    "the {shape} {place} is {colour}.",
+    "{place} there is {thing}.",
+    "the {shape} {place} is {colour}, {pattern}.",
 )
 
 TEXTURE_WORDS = {
@@ -116,7 +116,7 @@ class Sentence:
 def write_caption(scene: Scene, rng: Generator, short: bool) -> tuple[str, list[Sentence]]:
     """The caption and its sentences in reading order.
 
-    A `short` one is like alt text: it names each object's shape and colour, sometimes its place, and nothing else.
+    A `short` one is like alt text: each object's shape, colour and pattern, sometimes its place, and nothing else.
     """
     said: list[tuple[str, int | None]] = [
         (object_sentence(thing, rng, short), index) for index, thing in enumerate(scene.objects)

@@ -43,7 +43,7 @@ class SceneSettings:
     max_objects: most objects in a scene, at most 9
     family: so many consecutive scenes are look-alikes, which share all but the patterns of their objects
     crops: share of the pictures that show one object alone, as a region cut from a scene shows it
-    short: captions name each object's shape and colour and little else, like alt text
+    short: captions name each object's shape, colour and pattern and little else, like alt text
     """
 
     shard_size: int = 250
