@@ -60,7 +60,7 @@ PLACED_TEMPLATES = (
     "the {shape} {place} is {colour}, {pattern}.",
 )
 # Short captions say what things are, as a picture's alt text does: no size, and mostly no place. Those of crops name
-# places too: else a CLIP takes places for signs of whole scenes, and matches sentences that name one so.
+# places too: else a CLIP may take places for signs of whole scenes, and match sentences that name one so.
 SHORT_NOUN_PHRASES = ("{colour} {shape} {pattern}",)
 SHORT_TEMPLATES = (
     "{thing}.",

@@ -134,12 +134,14 @@ def test_a_killed_driver_leaves_a_run_that_goes_on(undisturbed, metrics, tmp_pat
         env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address},
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 180
-    while not (run_dir / "checkpoints" / f"step-{SAVED:08d}").exists():
-        assert driver.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    driver.kill()
+    try:
+        deadline = time.monotonic() + 180
+        while not (run_dir / "checkpoints" / f"step-{SAVED:08d}").exists():
+            assert driver.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        driver.kill()
     assert driver.wait() == -signal.SIGKILL
     assert not (run_dir / "result.json").exists()
 
