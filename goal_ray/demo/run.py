@@ -69,7 +69,8 @@ def run_seed(folder: Path, seed: int) -> dict[str, Any]:
     """One demo in one folder.
 
     Returns {"seed", "seconds", "models": {"start" | "global" | "goal": {"train_seconds", "text_to_image",
-    "image_to_text", "count"}}, "lism": accuracy against the truth, "report": its place in OUT}.
+    "image_to_text", "count"}}, "lism": accuracy against the truth, "report": its place in OUT}. "seconds" are those of
+    this call, which does not repeat what an earlier one finished.
     """
     began = time.perf_counter()
     scenes = {name: str(folder / "scenes" / name) for name in SCENES}
@@ -117,7 +118,8 @@ def print_result(result: Mapping[str, Any], out: Path) -> None:
     """Prints one seed's table."""
     lism, count = result["lism"], result["models"]["goal"]["count"]
     columns = [(f"{at} {direction.replace('_to_', '→')}", direction, at) for at in RECALLS for direction in DIRECTIONS]
-    print(f"\nretrieval among {count} held-out scenes, in percent (seed {result['seed']}, {result['seconds']:.0f} s)")
+    run = f"seed {result['seed']}; {result['seconds']:.0f} s in this call"
+    print(f"\nretrieval among {count} held-out scenes, in percent ({run})")
     print(f"{'':<18}" + "".join(f"{title:>17}" for title, *_ in columns) + f"{'training, s':>13}")
     for name, label in MODELS.items():
         model = result["models"][name]
