@@ -131,7 +131,7 @@ class GoalModel(nn.Module):
         sentence = encode_text(self.clip, batch.sentences_ML)
         crop_ME = both.pooled_BE[images:]
 
-        image_tsl = self._tsl_image(both.tokens_BND[:images], crop_ME, batch)
+        image_tsl = self._tsl_image(both, crop_ME, batch)
         text_tsl = self._tsl_text(text, sentence.pooled_BE, batch)
         counts_R4 = gather_counts(
             torch.stack(
@@ -166,10 +166,10 @@ class GoalModel(nn.Module):
         with torch.autocast(left_NE.device.type, enabled=False):
             return self.contrastive(left_NE, right_NE, scale, self.clip.logit_bias)
 
-    def _tsl_image(self, tokens_BND: Tensor, crop_ME: Tensor, batch: GoalBatch):
+    def _tsl_image(self, both: TowerOutput, crop_ME: Tensor, batch: GoalBatch):
         visual = image_tower(self.clip)
         return tsl_loss(
-            tokens_BND,
+            both.tokens_BND,  # uncut, crops and CLS included: a slice would cost its gradient another copy
             batch.boxes_M4,
             batch.sample_index_M,
             visual.grid_size,
@@ -179,6 +179,7 @@ class GoalModel(nn.Module):
             crop_ME,
             mode=self.config.pooling,
             eps=visual.ln_post.eps,
+            first_token=both.first_token,
             backend=self.config.tsl_backend,
         )
 

@@ -44,10 +44,16 @@ class ModelConfig:
 
 
 class TowerOutput(NamedTuple):
-    """pooled_BE: embeddings, not normalised · tokens_BND: last block's tokens before the final LayerNorm (no CLS)."""
+    """What a tower makes of a batch in one pass.
+
+    pooled_BE    embeddings, not normalised
+    tokens_BND   the last block's tokens before the final LayerNorm, a vision tower's with its CLS token
+    first_token  row of the first patch or text token: 1 behind a CLS token
+    """
 
     pooled_BE: Tensor
     tokens_BND: Tensor
+    first_token: int
 
 
 class TextTower(NamedTuple):
@@ -111,13 +117,13 @@ def image_tower(clip: nn.Module) -> VisionTransformer:
 
 
 def encode_image(clip: nn.Module, images_B3SS: Tensor) -> TowerOutput:
-    """Embeds normalised pictures (B, 3, S, S): pooled (B, E) and the patch tokens (B, N, D), from one pass."""
+    """Embeds normalised pictures (B, 3, S, S): pooled (B, E) and tokens (B, 1 + N, D), from one pass."""
     visual = image_tower(clip)
     tokens = visual.transformer(visual._embeds(images_B3SS))
     pooled, _ = visual._pool(tokens)
     if visual.proj is not None:
         pooled = pooled @ visual.proj
-    return TowerOutput(pooled, tokens[:, 1:])
+    return TowerOutput(pooled, tokens, first_token=1)
 
 
 def encode_text(clip: nn.Module, ids_BL: Tensor) -> TowerOutput:
@@ -142,7 +148,7 @@ def encode_text(clip: nn.Module, ids_BL: Tensor) -> TowerOutput:
     pooled = text_global_pool(tower.ln_final(tokens_BLD), ids_BL, tower.pool_type, tower.eos_id)
     if tower.projection_DE is not None:
         pooled = pooled @ tower.projection_DE
-    return TowerOutput(pooled, tokens_BLD[:, :length])
+    return TowerOutput(pooled, tokens_BLD[:, :length], first_token=0)
 
 
 def stretch_positions(table_LD: Tensor, length: int, keep: int = KEPT_POSITIONS) -> Tensor:

@@ -6,10 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_architecture import TINY_CLIP
 
 # One thread per process: the suite's processes share few cores, and small tensors gain nothing from more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Without a GPU the Triton kernels run in Triton's interpreter, which is chosen when they are first imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -51,7 +51,8 @@ def test_one_forward_gives_open_clips_features_and_last_block_tokens(variant):
     assert torch.allclose(image.pooled_BE, theirs["image_features"], atol=1e-12)
     assert torch.allclose(text.pooled_BE, theirs["text_features"], atol=1e-12)
     patches = theirs["image_intermediates"][0].flatten(2).transpose(1, 2)
-    assert torch.allclose(image.tokens_BND, patches, atol=1e-12)
+    assert torch.allclose(image.tokens_BND[:, image.first_token :], patches, atol=1e-12)
+    assert text.first_token == 0
     assert torch.allclose(text.tokens_BND, theirs["text_intermediates"][0], atol=1e-12)
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.tsl.reference import TINY_NORM, Mode, TslResult, accumulation_dtype
+from kernels.tsl.reference import TINY_NORM, Mode, TslResult, accumulation_dtype, projection_dtype
 
 
 def tsl_eager(
@@ -27,12 +27,13 @@ def tsl_eager(
     target_ME: Tensor,
     mode: Mode,
     eps: float,
+    first_token: int,
 ) -> TslResult:
     """Arguments as in `tsl_loss`, which has checked them. Cells outside a box are read at weight 0: NaN spreads."""
     dtype = accumulation_dtype(tokens_BND)
     weights_MN, is_empty_M = cell_weights(boxes_M4.detach(), grid, mode)
-    pooled_MD = pool_boxes(tokens_BND.to(dtype), weights_MN.to(dtype), sample_index_M)
-    return compare(pooled_MD, is_empty_M, ln_weight_D, ln_bias_D, proj_DE, target_ME, eps)
+    pooled_MD = pool_boxes(tokens_BND.to(dtype), weights_MN.to(dtype), sample_index_M, first_token)
+    return compare(pooled_MD, is_empty_M, ln_weight_D, ln_bias_D, proj_DE, target_ME, eps, projection_dtype(tokens_BND))
 
 
 def cell_weights(boxes_M4: Tensor, grid: tuple[int, int], mode: Mode) -> tuple[Tensor, Tensor]:
@@ -60,10 +61,10 @@ def axis_overlap(low_M: Tensor, high_M: Tensor, cells: int) -> Tensor:
     return (torch.minimum(high_M[:, None], edge + 1) - torch.maximum(low_M[:, None], edge)).clamp(min=0)
 
 
-def pool_boxes(tokens_BND: Tensor, weights_MN: Tensor, sample_index_M: Tensor) -> Tensor:
+def pool_boxes(tokens_BND: Tensor, weights_MN: Tensor, sample_index_M: Tensor, first_token: int) -> Tensor:
     """Weighted sum (M, D) of the tokens of each box's sample, without an M×N×D intermediate in either direction."""
     rows = tokens_BND.shape[1]
-    index_MN = sample_index_M.long()[:, None] * rows + torch.arange(rows, device=sample_index_M.device)
+    index_MN = sample_index_M.long()[:, None] * rows + torch.arange(first_token, rows, device=sample_index_M.device)
     return F.embedding_bag(index_MN, tokens_BND.flatten(0, 1), per_sample_weights=weights_MN, mode="sum")
 
 
@@ -75,13 +76,17 @@ def compare(
     proj_DE: Tensor | None,
     target_ME: Tensor,
     eps: float,
+    projection: torch.dtype,
 ) -> TslResult:
-    """LayerNorm, projection, cosine and squared error of pooled tokens, in their dtype; empty boxes do not count."""
+    """LayerNorm, projection, cosine and squared error of pooled tokens, in their dtype; empty boxes do not count.
+
+    projection  the dtype in which the projection multiplies
+    """
     dtype = pooled_MD.dtype
     weight_D, bias_D = (None if each is None else each.to(dtype) for each in (ln_weight_D, ln_bias_D))
     feature = F.layer_norm(pooled_MD, pooled_MD.shape[1:], weight_D, bias_D, eps)
     if proj_DE is not None:
-        feature = feature @ proj_DE.to(dtype)
+        feature = (feature.to(projection) @ proj_DE.to(projection)).to(dtype)
     feature_ME = F.normalize(feature, dim=1, eps=TINY_NORM)
     cosine_M = (feature_ME * F.normalize(target_ME.to(dtype), dim=1, eps=TINY_NORM)).sum(1)
     cosine_M = torch.where(is_empty_M, 0, cosine_M)

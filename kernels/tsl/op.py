@@ -1,6 +1,7 @@
 """`tsl_loss`: the contract of the token-similarity loss, and the choice between its implementations."""
 
 import functools
+import importlib.util
 import logging
 from collections.abc import Callable
 from typing import Literal, get_args
@@ -14,7 +15,12 @@ from kernels.tsl.reference import Mode, TslResult, tsl_reference
 logger = logging.getLogger(__name__)
 
 Backend = Literal["auto", "reference", "eager", "triton"]
+
 BACKENDS: dict[str, Callable[..., TslResult]] = {"reference": tsl_reference, "eager": tsl_eager}
+if importlib.util.find_spec("triton") is not None:  # absent where no GPU can be, as on macOS
+    from kernels.tsl.triton_op import tsl_triton
+
+    BACKENDS["triton"] = tsl_triton
 
 
 def tsl_loss(
@@ -29,6 +35,7 @@ def tsl_loss(
     *,
     mode: Mode = "coverage",
     eps: float = 1e-5,
+    first_token: int = 0,
     backend: Backend = "auto",
 ) -> TslResult:
     """Mean over boxes of (1 - cosine)² between the tokens under a box, pooled and embedded, and the box's target.
@@ -36,7 +43,9 @@ def tsl_loss(
     pool: weighted mean of the box's tokens → LayerNorm → projection → cosine with the target.
     Source: GOAL (arXiv 2503.17782), token similarity loss; coverage weights are this project's.
 
-    tokens_BND        activations before the final LayerNorm, any float dtype and strides; N = H·W, row by row
+    tokens_BND        activations before the final LayerNorm, any float dtype and strides, as the tower gives them: the
+                      last H·W of the N rows are the grid's cells, row by row. Samples without boxes cost nothing but
+                      their zero gradient
     boxes_M4          float (x0, y0, x1, y1) in grid cells, clipped to the grid; a text span is a box (start, 0, end, 1)
                       on a 1×L grid. A box that overlaps no cell (outside, zero area, x1 < x0) is empty: cosine 0, no
                       part in the loss, zero gradients
@@ -46,14 +55,16 @@ def tsl_loss(
     target_ME         embeddings to compare with; normalised here
     mode              coverage weighs a cell by its overlap with the box, touch counts every overlapped cell as 1
     eps               of the LayerNorm
-    backend           auto takes triton on a GPU where there is one, else eager
+    first_token       rows of tokens_BND before the grid's first cell, N - H·W: 1 behind a CLS token
+    backend           auto takes triton on a GPU, where Triton is installed, else eager
 
-    Arithmetic is float32, or float64 for float64 tokens, also under autocast. Gradients flow to tokens, LayerNorm,
+    Arithmetic is float32, or float64 for float64 tokens, also under autocast; for bfloat16 tokens the projection alone
+    multiplies bfloat16, but for the reference. Gradients flow to tokens, LayerNorm,
     projection and target. Raises ValueError on wrong shapes, dtypes or settings, and, for boxes on the CPU outside of
     torch.compile, on an index out of range and on non-finite boxes; elsewhere reading those values would stall the
     device: a NaN box then gives a NaN loss.
     """
-    check_shapes(tokens_BND, boxes_M4, sample_index_M, grid, ln_weight_D, ln_bias_D, proj_DE, target_ME)
+    check_shapes(tokens_BND, boxes_M4, sample_index_M, grid, first_token, ln_weight_D, ln_bias_D, proj_DE, target_ME)
     if mode not in get_args(Mode):
         raise ValueError(f"mode {mode!r} is unknown; choose one of {', '.join(get_args(Mode))}")
     if not eps > 0:
@@ -65,7 +76,7 @@ def tsl_loss(
         log_once(chosen, tokens_BND.device.type)
     with torch.autocast(tokens_BND.device.type, enabled=False):
         return BACKENDS[chosen](
-            tokens_BND, boxes_M4, sample_index_M, grid, ln_weight_D, ln_bias_D, proj_DE, target_ME, mode, eps
+            tokens_BND, boxes_M4, sample_index_M, grid, ln_weight_D, ln_bias_D, proj_DE, target_ME, mode, eps, first_token
         )
 
 
@@ -89,6 +100,7 @@ def check_shapes(
     boxes_M4: Tensor,
     sample_index_M: Tensor,
     grid: tuple[int, int],
+    first_token: int,
     ln_weight_D: Tensor | None,
     ln_bias_D: Tensor | None,
     proj_DE: Tensor | None,
@@ -99,9 +111,10 @@ def check_shapes(
         raise ValueError(f"tokens must be (B, N, D), not {tuple(tokens_BND.shape)}")
     height, width = grid
     _, rows, dim = tokens_BND.shape
-    if height < 1 or width < 1 or rows != height * width:
+    if height < 1 or width < 1 or first_token < 0 or rows != first_token + height * width:
         raise ValueError(
-            f"{rows} tokens do not fill a {height}×{width} grid; leave out the CLS token, or mend the grid"
+            f"{rows} tokens do not fill a {height}×{width} grid from token {first_token} on; "
+            "mend the grid, or let first_token skip the tokens before it (1 for a CLS token)"
         )
     regions = boxes_M4.shape[0] if boxes_M4.dim() else 0
     out = target_ME.shape[-1] if proj_DE is not None and target_ME.dim() else dim

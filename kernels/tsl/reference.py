@@ -27,6 +27,14 @@ def accumulation_dtype(tokens_BND: Tensor) -> torch.dtype:
     return torch.float64 if tokens_BND.dtype == torch.float64 else torch.float32
 
 
+def projection_dtype(tokens_BND: Tensor) -> torch.dtype:
+    """What the projection multiplies in: bfloat16 for bfloat16 tokens, as autocast would, for the GPU's tensor cores.
+
+    float16 is left at float32: the gradients of a mean over many boxes would underflow.
+    """
+    return torch.bfloat16 if tokens_BND.dtype == torch.bfloat16 else accumulation_dtype(tokens_BND)
+
+
 def tsl_reference(
     tokens_BND: Tensor,
     boxes_M4: Tensor,
@@ -38,6 +46,7 @@ def tsl_reference(
     target_ME: Tensor,
     mode: Mode,
     eps: float,
+    first_token: int,
 ) -> TslResult:
     """Arguments as in `tsl_loss`, which has checked them. Source: GOAL (arXiv 2503.17782), token similarity loss."""
     dtype = accumulation_dtype(tokens_BND)
@@ -49,7 +58,7 @@ def tsl_reference(
     cosines: list[Tensor] = []
     count = 0
     for box, sample, target_E in zip(boxes_M4.tolist(), sample_index_M.tolist(), target, strict=True):
-        pooled_D = pool_cells(tokens[sample], box, grid, mode)
+        pooled_D = pool_cells(tokens[sample, first_token:], box, grid, mode)
         if pooled_D is None:
             cosines.append(total.new_zeros(()))
             continue
