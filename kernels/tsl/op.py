@@ -76,7 +76,17 @@ def tsl_loss(
         log_once(chosen, tokens_BND.device.type)
     with torch.autocast(tokens_BND.device.type, enabled=False):
         return BACKENDS[chosen](
-            tokens_BND, boxes_M4, sample_index_M, grid, ln_weight_D, ln_bias_D, proj_DE, target_ME, mode, eps, first_token
+            tokens_BND,
+            boxes_M4,
+            sample_index_M,
+            grid,
+            ln_weight_D,
+            ln_bias_D,
+            proj_DE,
+            target_ME,
+            mode,
+            eps,
+            first_token,
         )
 
 

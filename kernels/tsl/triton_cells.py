@@ -20,14 +20,14 @@ def load_box(boxes_ptr, region, height, width):
 
 @triton.jit
 def axis_share(low, high, cell, TOUCH: tl.constexpr):
-    """The share of [low, high], not empty, that falls on each cell of an axis; for TOUCH, all touched cells alike.
+    """The share of [low, high] that falls on each cell of an axis, 0 if low >= high; for TOUCH, touched cells alike.
 
     A cell's weight is its share across times its share down: per axis, nothing under- or overflows for any box.
     """
     edge = cell.to(low.dtype)
     overlap = tl.maximum(tl.minimum(high, edge + 1.0) - tl.maximum(low, edge), 0.0)
     if TOUCH:
-        share = tl.where(overlap > 0.0, 1.0, 0.0) / (tl.ceil(high) - tl.floor(low))
+        share = tl.where(overlap > 0.0, 1.0, 0.0) / tl.maximum(tl.ceil(high) - tl.floor(low), 1.0)
     else:
-        share = overlap / (high - low)
+        share = overlap / tl.where(high > low, high - low, 1.0)
     return share

@@ -98,11 +98,13 @@ def pool_backward_op(
     is_empty_M: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the tokens, and of LayerNorm's weight and bias. Of the tokens, only shape and strides are read."""
-    pooled_grad_MD, *parameter_grads = normalise_backward(feature_grad_MD, normal_MD, rstd_M, is_empty_M, ln_weight_D)
+    pooled_grad_MD, weight_grad_D, bias_grad_D = normalise_backward(
+        feature_grad_MD, normal_MD, rstd_M, is_empty_M, ln_weight_D
+    )
     tokens_grad_BND = pool_backward(
         pooled_grad_MD, boxes_M4, sample_index_M, (height, width), first_token, touch, tokens_BND
     )
-    return tokens_grad_BND, *parameter_grads
+    return tokens_grad_BND, weight_grad_D, bias_grad_D
 
 
 @pool_backward_op.register_fake

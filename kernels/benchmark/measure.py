@@ -1,0 +1,111 @@
+"""The measurements: relative errors anywhere; times, bandwidth and memory on a GPU."""
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.tsl.reference import TslResult, tsl_reference
+
+EPS = 1e-5
+LEAVES = ("tokens_BND", "ln_weight_D", "ln_bias_D", "proj_DE", "target_ME")
+CACHE_BYTES = 128 * 2**20  # more than any L2
+COPY_BYTES = 2**30
+Loss = Callable[..., TslResult]
+
+
+def with_leaves(inputs: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """The inputs with their differentiable ones as fresh leaves, converted where a dtype is given."""
+    return {
+        **inputs,
+        **{name: inputs[name].detach().to(dtype or inputs[name].dtype).requires_grad_() for name in LEAVES},
+    }
+
+
+def relative_errors(loss: Loss, inputs: dict[str, Any], mode: str) -> dict[str, float]:
+    """|x - exact| / |exact| of loss and gradients; exact is the reference on the same values in float64.
+
+    Of cosines, the largest error: their scale is 1, and those of unrelated vectors are as near 0 as chance has it.
+    """
+
+    def outcome(function: Loss, arguments: dict[str, Any]) -> dict[str, Tensor]:
+        result = function(**arguments, mode=mode, eps=EPS)
+        result.loss.backward()
+        gradients = {name: arguments[name].grad for name in LEAVES}
+        return {"loss": result.loss.detach(), "cosine": result.cosine_M.detach(), **gradients}
+
+    exact = outcome(tsl_reference, with_leaves(inputs, torch.float64))
+    found = outcome(loss, with_leaves(inputs))
+    errors = {name: ((found[name] - value).norm() / value.norm()).item() for name, value in exact.items()}
+    return {**errors, "cosine": (found["cosine"] - exact["cosine"]).abs().max().item()}
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, read and written, of a plain copy on the GPU."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    seconds = median_seconds(lambda: target.copy_(source), repeats=20)
+    return 2 * COPY_BYTES / seconds
+
+
+def median_seconds(work: Callable[[], object], repeats: int) -> float:
+    """Median time of some work on the GPU, by CUDA events, after a warm-up."""
+    for _ in range(3):
+        work()
+    spans = []
+    for _ in range(repeats):
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        work()
+        after.record()
+        spans.append((before, after))
+    torch.cuda.synchronize()
+    return statistics.median(before.elapsed_time(after) for before, after in spans) / 1000
+
+
+def time_loss(loss: Loss, inputs: dict[str, Any], mode: str, repeats: int) -> dict[str, float]:
+    """Median seconds of forward, backward and both, and the peak of memory beyond inputs and gradients, in bytes.
+
+    The tokens rotate through copies that exceed the L2 cache together, so that every pass reads them from memory.
+    """
+    copies = 1 + CACHE_BYTES // inputs["tokens_BND"].nbytes
+    rotation = [with_leaves({**inputs, "tokens_BND": inputs["tokens_BND"].clone()}) for _ in range(copies)]
+
+    def forget_gradients(arguments: dict[str, Any]) -> None:
+        for name in LEAVES:
+            arguments[name].grad = None
+
+    for arguments in rotation[: min(3, repeats)]:
+        loss(**arguments, mode=mode, eps=EPS).loss.backward()
+    for arguments in rotation:
+        forget_gradients(arguments)
+    torch.cuda.synchronize()
+
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss(**rotation[0], mode=mode, eps=EPS).loss.backward()
+    torch.cuda.synchronize()
+    extra = torch.cuda.max_memory_allocated() - held - sum(rotation[0][name].nbytes for name in LEAVES)
+    forget_gradients(rotation[0])
+
+    events = []
+    for step in range(repeats):
+        arguments = rotation[step % copies]
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+        marks[0].record()
+        result = loss(**arguments, mode=mode, eps=EPS)
+        marks[1].record()
+        result.loss.backward()
+        marks[2].record()
+        events.append(marks)
+        del result
+        forget_gradients(arguments)
+    torch.cuda.synchronize()
+    spans = {"forward": (0, 1), "backward": (1, 2), "both": (0, 2)}
+    times = {
+        name: statistics.median(marks[start].elapsed_time(marks[end]) for marks in events) / 1000
+        for name, (start, end) in spans.items()
+    }
+    return {**times, "extra_bytes": extra}
