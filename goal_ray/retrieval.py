@@ -1,4 +1,4 @@
-"""Retrieval metrics: recall at K and median rank between pictures and captions. Core: torch only."""
+"""Retrieval metrics: recall at K, mAP and median rank between pictures and captions. Core: torch only."""
 
 import math
 from collections.abc import Sequence
@@ -63,16 +63,20 @@ def unit_rows(embedding_NE: Tensor, name: str) -> Tensor:
 def retrieval_metrics(
     image_IE: Tensor, text_TE: Tensor, at: Sequence[int] = (1, 5, 25, 50), pairs_P2: Tensor | None = None
 ) -> dict[str, Any]:
-    """Recall at each K, in percent of the queries, and the median rank, in both directions.
+    """Recall at each K and mAP, in percent of the queries, and the median rank, in both directions.
 
     image_IE, text_TE  embeddings of different pictures and different captions
-    pairs_P2           int64 (picture, caption), rows that belong together, each picture and caption in one or more;
-                       default: caption i belongs to picture i
+    pairs_P2           int64 (picture, caption), rows that belong together, each pair once; rows in no pair are neither
+                       asked for nor an answer. Default: caption i belongs to picture i
 
-    A query with several right answers has the rank of the best of them. R@K is left out where there are no more than K
-    answers, as it would be 100 for any model. The median of an even number is the mean of the middle two.
-    Returns {"text_to_image": {"R@1": …, "median_rank": …}, "image_to_text": {…}, "count": P}.
-    Source: GOAL (arXiv 2503.17782) reports these recalls. Raises as `ranks` does; ValueError where there is no pair.
+    A query with several right answers has the rank of the best of them. Its average precision is the mean, over its
+    right answers, of the share of right ones among all that rank no lower; for a single right answer that is 1 / rank.
+    R@K is left out where there are no more than K answers, as it would be 100 for any model. The median of an even
+    number is the mean of the middle two.
+
+    Returns {"text_to_image": {"R@1": …, "mAP": …, "median_rank": …}, "image_to_text": {…}, "count": P}.
+    Source: GOAL (arXiv 2503.17782) reports these recalls, and mAP among pictures and regions together. Raises as
+    `ranks` does; ValueError where there is no pair.
     """
     if pairs_P2 is None:
         if len(image_IE) != len(text_TE):
@@ -80,16 +84,25 @@ def retrieval_metrics(
         pairs_P2 = torch.arange(len(image_IE), device=image_IE.device)[:, None].expand(-1, 2)
     if len(pairs_P2) == 0:
         raise ValueError("there are no pairs to measure retrieval on")
-    picture_P, caption_P = pairs_P2.unbind(1)
+    pictures, picture_P = pairs_P2[:, 0].unique(return_inverse=True)
+    captions, caption_P = pairs_P2[:, 1].unique(return_inverse=True)
+    image_IE, text_TE = image_IE[pictures], text_TE[captions]
 
     def summary(query_QE: Tensor, target_TE: Tensor, query_P: Tensor, target_P: Tensor) -> dict[str, float]:
         rank_P = ranks(query_QE[query_P], target_TE, target_index=target_P)
-        best_Q = torch.full_like(query_QE[:, 0], len(target_TE), dtype=torch.int64)
-        best_Q = best_Q.scatter_reduce(0, query_P, rank_P, "amin")
-        count = len(best_Q)
+        # Right answers by query and, within one, by rank: the first has the query's rank, the nth precision n / rank.
+        by_rank = rank_P.argsort()
+        order = by_rank[query_P[by_rank].argsort(stable=True)]
+        query_P, rank_P = query_P[order], rank_P[order]
+        answers_Q = query_P.bincount()
+        first_Q = answers_Q.cumsum(0) - answers_Q
+        place_P = 1 + torch.arange(len(query_P), device=query_P.device) - first_Q[query_P]
+        precision_Q = torch.zeros(len(answers_Q), dtype=torch.float64, device=query_P.device)
+        precision_Q = precision_Q.index_add(0, query_P, place_P.double() / rank_P) / answers_Q
+        best_Q, count = rank_P[first_Q], len(answers_Q)
         recalls = {f"R@{k}": 100 * int((best_Q <= k).sum()) / count for k in at if k < len(target_TE)}
         low, high = best_Q.sort().values[[(count - 1) // 2, count // 2]].tolist()
-        return {**recalls, "median_rank": (low + high) / 2}
+        return {**recalls, "mAP": 100 * precision_Q.mean().item(), "median_rank": (low + high) / 2}
 
     return {
         "text_to_image": summary(text_TE, image_IE, caption_P, picture_P),

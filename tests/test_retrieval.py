@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -78,7 +79,16 @@ def test_embeddings_that_are_all_alike_rank_last(count, columns):
     alike = row.repeat(count, 1)
     assert (ranks(alike, alike, chunk=33) == count).all()
     metrics = retrieval_metrics(alike, alike, at=(1, 5))
-    assert metrics["text_to_image"] == metrics["image_to_text"] == {"R@1": 0, "R@5": 0, "median_rank": count}
+    assert (
+        metrics["text_to_image"]
+        == metrics["image_to_text"]
+        == {
+            "R@1": 0,
+            "R@5": 0,
+            "mAP": pytest.approx(100 / count),
+            "median_rank": count,
+        }
+    )
 
 
 def test_a_zero_embedding_ties_with_everything():
@@ -90,7 +100,13 @@ def test_metrics_of_a_known_ranking_come_out():
     image = torch.eye(4)
     text = torch.tensor([[1.0, 0, 0, 0], [0.9, 0.8, 0, 0], [0.9, 0.8, 0.7, 0], [0.4, 0.3, 0.2, 0.1]])
     metrics = retrieval_metrics(image, text, at=(1, 2, 3, 4, 50))
-    assert metrics["text_to_image"] == {"R@1": 25, "R@2": 50, "R@3": 75, "median_rank": 2.5}
+    assert metrics["text_to_image"] == {
+        "R@1": 25,
+        "R@2": 50,
+        "R@3": 75,
+        "mAP": pytest.approx(100 * (1 + 1 / 2 + 1 / 3 + 1 / 4) / 4),
+        "median_rank": 2.5,
+    }
     assert metrics["count"] == 4
 
 
@@ -105,8 +121,8 @@ def test_the_two_directions_are_not_mixed_up():
 
 def test_recall_that_any_model_would_reach_is_left_out():
     few = torch.eye(5)
-    assert list(retrieval_metrics(few, few)["text_to_image"]) == ["R@1", "median_rank"]
-    assert retrieval_metrics(few[:1], few[:1])["image_to_text"] == {"median_rank": 1}
+    assert list(retrieval_metrics(few, few)["text_to_image"]) == ["R@1", "mAP", "median_rank"]
+    assert retrieval_metrics(few[:1], few[:1])["image_to_text"] == {"mAP": 100, "median_rank": 1}
 
 
 def test_of_several_right_answers_the_best_counts():
@@ -114,9 +130,51 @@ def test_of_several_right_answers_the_best_counts():
     image = torch.eye(3)
     text = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0.1, 1]])
     metrics = retrieval_metrics(image, text, at=(1, 2), pairs_P2=torch.tensor([[0, 0], [0, 1], [1, 2], [2, 2]]))
-    assert metrics["image_to_text"] == {"R@1": 100 * 2 / 3, "R@2": 100, "median_rank": 1}
-    assert metrics["text_to_image"] == {"R@1": 100 * 2 / 3, "R@2": 100 * 2 / 3, "median_rank": 1}
+    # Picture 0 finds caption 0 first and caption 1, which ties with 2, last: precision 1 and 2 / 3. Picture 1 finds its
+    # caption second. Caption 1 finds its picture last; caption 2 finds picture 2 first, and 1 second.
+    image_map, text_map = (100 * sum(each) / 3 for each in ([(1 + 2 / 3) / 2, 1 / 2, 1], [1, 1 / 3, 1]))
+    assert metrics["image_to_text"] == {
+        "R@1": 100 * 2 / 3,
+        "R@2": 100,
+        "mAP": pytest.approx(image_map),
+        "median_rank": 1,
+    }
+    assert metrics["text_to_image"] == {
+        "R@1": 100 * 2 / 3,
+        "R@2": 100 * 2 / 3,
+        "mAP": pytest.approx(text_map),
+        "median_rank": 1,
+    }
     assert metrics["count"] == 4
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_average_precision_of_random_pairs_is_that_of_its_definition(seed):
+    generator = torch.Generator().manual_seed(seed)
+    image, text = torch.randn(2, 12, 6, generator=generator)
+    belongs_TI = torch.rand(12, 12, generator=generator) < 0.2
+    belongs_TI.fill_diagonal_(True)
+    pairs = belongs_TI.T.nonzero()
+    similarity = (F.normalize(text) @ F.normalize(image).T).numpy()
+    metrics = retrieval_metrics(image, text, pairs_P2=pairs[torch.randperm(len(pairs), generator=generator)])
+
+    def mean_precision(scores: np.ndarray, right: np.ndarray) -> float:
+        values = []
+        for row, wanted in zip(scores, right, strict=True):
+            found = wanted[np.argsort(-row)]
+            precision = np.cumsum(found) / np.arange(1, len(found) + 1)
+            values.append(precision[found].mean())
+        return 100 * float(np.mean(values))
+
+    assert metrics["text_to_image"]["mAP"] == pytest.approx(mean_precision(similarity, belongs_TI.numpy()))
+    assert metrics["image_to_text"]["mAP"] == pytest.approx(mean_precision(similarity.T, belongs_TI.T.numpy()))
+
+
+def test_rows_in_no_pair_are_neither_question_nor_answer():
+    image, text = torch.randn(2, 9, 5, generator=torch.Generator().manual_seed(3))
+    few = torch.tensor([[1, 4], [3, 2], [8, 8]])
+    apart = retrieval_metrics(image[[1, 3, 8]], text[[4, 2, 8]])
+    assert retrieval_metrics(image, text, pairs_P2=few) == apart
 
 
 def test_length_of_the_rows_does_not_matter():

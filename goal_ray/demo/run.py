@@ -25,7 +25,7 @@ RESULT_FILE = "demo.json"
 MODELS = {"start": "start", "global": "global loss only", "goal": "GOAL"}
 GLOBAL_ONLY = ("loss.weight_local=0", "loss.weight_tsl_image=0", "loss.weight_tsl_text=0", "name=global")
 DIRECTIONS = ("text_to_image", "image_to_text")
-RECALLS = ("R@1", "R@5")
+MEASURES = {"captions": "R@1", "sentences": "R@1", "joint": "mAP"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class SceneSet:
 SCENES = {
     "short": SceneSet(8000, SceneSettings(size=72, min_objects=2, max_objects=3, crops=0.6, short=True), 1),
     "train": SceneSet(300, SceneSettings(shard_size=75), 2),
-    "test": SceneSet(1000, SceneSettings(), 3),
+    "test": SceneSet(1000, SceneSettings(paired=True), 3),
 }
 SEED_STRIDE = 1000
 
@@ -68,8 +68,9 @@ def run_demo(out: str | Path, seeds: Sequence[int]) -> dict[str, Any]:
 def run_seed(folder: Path, seed: int) -> dict[str, Any]:
     """One demo in one folder.
 
-    Returns {"seed", "seconds", "models": {"start" | "global" | "goal": {"train_seconds", "text_to_image",
-    "image_to_text", "count"}}, "lism": accuracy against the truth, "report": its place in OUT}. "seconds" are those of
+    Returns {"seed", "seconds", "models": {"start" | "global" | "goal": {"train_seconds", "captions", "sentences",
+    "joint"}}, "lism": accuracy against the truth, "report": its place in OUT}. The three are `retrieval_metrics`: of
+    captions and pictures; of a sentence and its true region from each picture; of both together. "seconds" are those of
     this call, which does not repeat what an earlier one finished.
     """
     began = time.perf_counter()
@@ -90,7 +91,7 @@ def run_seed(folder: Path, seed: int) -> dict[str, Any]:
         "global": fit("finetune.yaml", folder, seed, paired, str(start.model_dir), GLOBAL_ONLY),
         "goal": fit("finetune.yaml", folder, seed, paired, str(start.model_dir)),
     }
-    metrics = {name: evaluate(str(run.run_dir), scenes["test"]) for name, run in runs.items()}
+    metrics = {name: evaluate(str(run.run_dir), scenes["test"], pairs=1) for name, run in runs.items()}
     write_report([str(run.run_dir) for run in runs.values()], str(folder / "report.html"))
     return {
         "seed": seed,
@@ -98,7 +99,9 @@ def run_seed(folder: Path, seed: int) -> dict[str, Any]:
         "models": {
             name: {
                 "train_seconds": round(run.seconds, 1),
-                **{key: metrics[name][key] for key in (*DIRECTIONS, "count")},
+                "captions": {key: metrics[name][key] for key in (*DIRECTIONS, "count")},
+                "sentences": metrics[name]["local"],
+                "joint": metrics[name]["joint"],
             }
             for name, run in runs.items()
         },
@@ -116,15 +119,17 @@ def fit(recipe: str, folder: Path, seed: int, shards: str, model: str, more: Seq
 
 def print_result(result: Mapping[str, Any], out: Path) -> None:
     """Prints one seed's table."""
-    lism, count = result["lism"], result["models"]["goal"]["count"]
-    columns = [(f"{at} {direction.replace('_to_', '→')}", direction, at) for at in RECALLS for direction in DIRECTIONS]
-    run = f"seed {result['seed']}; {result['seconds']:.0f} s in this call"
-    print(f"\nretrieval among {count} held-out scenes, in percent ({run})")
-    print(f"{'':<18}" + "".join(f"{title:>17}" for title, *_ in columns) + f"{'training, s':>13}")
+    lism, goal = result["lism"], result["models"]["goal"]
+    print(f"\nseed {result['seed']}; {result['seconds']:.0f} s in this call")
+    print(
+        f"retrieval in percent, text→image / image→text: R@1 of {goal['captions']['count']} captions and pictures, "
+        f"R@1 of {goal['sentences']['count']} sentences and regions, mAP of both together; all held out"
+    )
+    print(TABLE_HEAD + f"{'training, s':>13}")
     for name, label in MODELS.items():
         model = result["models"][name]
-        recalls = "".join(f"{model[direction][at]:>17.1f}" for _, direction, at in columns)
-        print(f"{label:<18}{recalls}{model['train_seconds']:>13.0f}")
+        cells = (" / ".join(f"{model[part][way][at]:.1f}" for way in DIRECTIONS) for part, at in MEASURES.items())
+        print(f"{label:<18}" + "".join(f"{cell:>22}" for cell in cells) + f"{model['train_seconds']:>13.0f}")
     right, found = 100 * lism["right_region"], 100 * lism["object_recall"]
     print(
         f"LISM: {right:.1f} % of {lism['sentences']} sentences got a region with IoU ≥ 0.5 on the object they speak of;"
@@ -133,37 +138,38 @@ def print_result(result: Mapping[str, Any], out: Path) -> None:
     print(f"curves and pictures: {out / result['report']}\nall numbers: {out / RESULT_FILE}")
 
 
+TABLE_HEAD = f"{'':<18}" + "".join(f"{f'{part} {at}':>22}" for part, at in MEASURES.items())
+
+
 def spread(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean and, for two seeds or more, sample standard deviation of R@1 and R@5, and of GOAL minus global only."""
+    """Mean and, for two seeds or more, sample standard deviation of MEASURES, and of GOAL minus global only."""
 
     def over_seeds(values: list[float]) -> dict[str, float]:
         deviation = {"std": statistics.stdev(values)} if len(values) > 1 else {}
         return {"mean": statistics.mean(values), **deviation}
 
-    def recalls(name: str, direction: str, at: str) -> list[float]:
-        return [result["models"][name][direction][at] for result in results]
+    def values(name: str, part: str, way: str) -> list[float]:
+        return [result["models"][name][part][way][MEASURES[part]] for result in results]
 
-    table = {
-        name: {direction: {at: over_seeds(recalls(name, direction, at)) for at in RECALLS} for direction in DIRECTIONS}
-        for name in MODELS
+    def gains(part: str, way: str) -> list[float]:
+        return [goal - base for goal, base in zip(values("goal", part, way), values("global", part, way), strict=True)]
+
+    return {
+        "models": {
+            name: {part: {way: over_seeds(values(name, part, way)) for way in DIRECTIONS} for part in MEASURES}
+            for name in MODELS
+        },
+        "goal_minus_global": {part: {way: over_seeds(gains(part, way)) for way in DIRECTIONS} for part in MEASURES},
     }
-    gains = {
-        direction: over_seeds(
-            [g - b for g, b in zip(recalls("goal", direction, "R@1"), recalls("global", direction, "R@1"), strict=True)]
-        )
-        for direction in DIRECTIONS
-    }
-    return {"models": table, "goal_minus_global_R@1": gains}
 
 
 def print_spread(summary: Mapping[str, Any]) -> None:
     """Prints the table over seeds: mean ± sample standard deviation."""
-    print(f"\nR@1 over {len(summary['seeds'])} seeds, mean ± standard deviation, in percent")
-    print(f"{'':<18}" + "".join(f"{direction.replace('_to_', '→'):>17}" for direction in DIRECTIONS))
-    rows = {
-        label: [summary["models"][name][direction]["R@1"] for direction in DIRECTIONS] for name, label in MODELS.items()
-    }
-    rows["GOAL - global"] = [summary["goal_minus_global_R@1"][direction] for direction in DIRECTIONS]
-    for label, values in rows.items():
-        cells = [f"{value['mean']:.1f} ± {value['std']:.1f}" for value in values]
-        print(f"{label:<18}" + "".join(f"{cell:>17}" for cell in cells))
+    print(f"\nover {len(summary['seeds'])} seeds, mean ± standard deviation, text→image / image→text, in percent")
+    print(TABLE_HEAD)
+    rows = {label: summary["models"][name] for name, label in MODELS.items()}
+    rows["GOAL - global"] = summary["goal_minus_global"]
+    for label, row in rows.items():
+        values = ([row[part][way] for way in DIRECTIONS] for part in MEASURES)
+        cells = (" / ".join(f"{each['mean']:.1f} ± {each['std']:.1f}" for each in both) for both in values)
+        print(f"{label:<18}" + "".join(f"{cell:>22}" for cell in cells))

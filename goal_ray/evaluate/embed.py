@@ -1,4 +1,4 @@
-"""Embeds the pictures and captions of shards in one streamed pass. Core: torch only, no Ray."""
+"""Embeds the pictures and captions of shards, and their pairs, in one streamed pass. Core: torch only, no Ray."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -12,13 +12,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fsspec.core import url_to_fs
+from PIL import Image
 from tqdm import tqdm
 
 from goal_ray.errors import GoalRayError, ModelError, ShardError, StageError
-from goal_ray.geometry import PixelGeometry, ResizeConfig
+from goal_ray.geometry import PixelGeometry, ResizeConfig, crop_box
 from goal_ray.images import decode_image
 from goal_ray.model import LoadedModel, encode_image, encode_text
-from goal_ray.shards import Sample, stream_samples
+from goal_ray.pairs import PairRecord, best_pairs
+from goal_ray.shards import PAIRS_EXTENSION, Sample, stream_samples
 from goal_ray.text import CaptionEncoder, pad_batch
 
 
@@ -26,9 +28,10 @@ from goal_ray.text import CaptionEncoder, pad_batch
 class Embeddings:
     """What shards hold, as a model sees it.
 
-    image_IE  a row for every picture whose bytes differ, L2-normalised float32 on the CPU
-    text_TE   likewise for captions
+    image_IE  a row for every picture, or region of one, whose pixels differ, L2-normalised float32 on the CPU
+    text_TE   likewise for captions and sentences
     pairs_P2  int64 (picture, caption), rows that stand together in a sample; each pair once
+    local_P2  likewise (region, sentence)
     samples   usable samples
     skipped   bad samples as {shard, key, reason}; a damaged tar is one of them, whatever it lost
     """
@@ -36,21 +39,30 @@ class Embeddings:
     image_IE: torch.Tensor
     text_TE: torch.Tensor
     pairs_P2: torch.Tensor
+    local_P2: torch.Tensor
     samples: int
     skipped: list[dict[str, str]]
 
 
-class Prepared(NamedTuple):
-    """A sample ready for the model: its square (3, S, S) uint8, its token ids, and digests of what was stored."""
+class View(NamedTuple):
+    """A picture with its caption, or a region with its sentence, ready for the model.
+
+    picture, text  digests of what they were made from · square  (3, S, S) uint8 · ids  token ids
+    """
 
     picture: bytes
     square: np.ndarray
-    caption: bytes
+    text: bytes
     ids: np.ndarray
 
 
-def embed_shards(loaded: LoadedModel, shards: list[str], batch: int, device: str, threads: int) -> Embeddings:
+def embed_shards(
+    loaded: LoadedModel, shards: list[str], batch: int, device: str, threads: int, pairs: int = 0
+) -> Embeddings:
     """Embeds every sample of the shards; decoding overlaps with the model. Bad samples are skipped and listed.
+
+    pairs  also embeds the regions and sentences of so many pairs of a sample, the best by its KEY.pairs.json; one
+           without is then a bad sample
 
     A picture or caption that stands in several samples is one picture or caption: two rows of it would tie, and neither
     could ever be found first. Raises StageError where no sample is usable.
@@ -69,28 +81,48 @@ def embed_shards(loaded: LoadedModel, shards: list[str], batch: int, device: str
 
     skipped: list[dict[str, str]] = []
     pictures: dict[bytes, int] = {}
-    captions: dict[bytes, int] = {}
-    images, texts, pairs = [], [], []
+    texts: dict[bytes, int] = {}
+    image_rows, text_rows = [], []
+    whole_pairs, local_pairs = [], []
+
+    def embed(views: list[View]) -> list[tuple[int, int]]:
+        """(row of the picture, row of the text) of every view; what is new among them goes through the model."""
+        if squares := add_new(pictures, ((view.picture, view.square) for view in views)):
+            image_rows.append(embed_pictures(squares))
+        if ids := add_new(texts, ((view.text, view.ids) for view in views)):
+            text_rows.append(embed_captions(ids))
+        return [(pictures[view.picture], texts[view.text]) for view in views]
+
+    samples = 0
     bar = tqdm(desc="evaluate", total=size_bytes(shards), unit="B", unit_scale=True, dynamic_ncols=True, disable=None)
     with ThreadPoolExecutor(threads) as pool, torch.inference_mode(), bar:
-        samples = read_samples(shards, bar, skipped)
-        ready = ordered(pool, preparation(loaded), samples, ahead=2 * batch, skipped=skipped)
+        stream = read_samples(shards, bar, skipped)
+        ready = ordered(pool, preparation(loaded, pairs), stream, ahead=2 * batch, skipped=skipped)
         while rows := list(islice(ready, batch)):
-            if squares := add_new(pictures, ((row.picture, row.square) for row in rows)):
-                images.append(embed_pictures(squares))
-            if new_texts := add_new(captions, ((row.caption, row.ids) for row in rows)):
-                texts.append(embed_captions(new_texts))
-            pairs += [(pictures[row.picture], captions[row.caption]) for row in rows]
-            bar.set_postfix_str(f"{len(pairs)} samples", refresh=False)
-    if not pairs:
+            samples += len(rows)
+            whole_pairs += embed([whole for whole, *_ in rows])
+            local = (view for _, *views in rows for view in views)
+            while views := list(islice(local, batch)):
+                local_pairs += embed(views)
+            bar.set_postfix_str(f"{samples} samples", refresh=False)
+    if not samples:
         first = f"; the first problem: {describe_skip(skipped[0])}" if skipped else ""
         raise StageError(f"no usable sample in {len(shards)} shards{first}")
-    different = torch.tensor(list(dict.fromkeys(pairs)))
-    return Embeddings(torch.cat(images), torch.cat(texts), different, len(pairs), skipped)
+    return Embeddings(
+        torch.cat(image_rows), torch.cat(text_rows), once(whole_pairs), once(local_pairs), samples, skipped
+    )
 
 
-def preparation(loaded: LoadedModel) -> Callable[[Sample], Prepared]:
-    """The function that decodes a sample for a model, as its own preprocessing does. It may run in threads."""
+def once(pairs: list[tuple[int, int]]) -> torch.Tensor:
+    """The pairs as int64 (P, 2), each once, in order."""
+    return torch.tensor(list(dict.fromkeys(pairs)), dtype=torch.int64).reshape(-1, 2)
+
+
+def preparation(loaded: LoadedModel, pairs: int) -> Callable[[Sample, str], list[View]]:
+    """The function that makes a sample's views, as the model's own preprocessing does. It may run in threads.
+
+    The first view is the sample as a whole; those of its best pairs follow.
+    """
     mode = loaded.preprocess["resize_mode"]
     if mode not in ("shortest", "squash"):
         raise ModelError(f"the model's preprocessing resizes by {mode!r}; supported are shortest and squash")
@@ -98,11 +130,25 @@ def preparation(loaded: LoadedModel) -> Callable[[Sample], Prepared]:
     geometry = PixelGeometry(ResizeConfig(mode=mode), loaded.size_px, loaded.grid_HW, interpolation)
     encoder = CaptionEncoder(loaded.tokenizer)
 
-    def prepare(sample: Sample) -> Prepared:
+    def view(image: Image.Image, made_from: bytes, text: str) -> View:
+        square, _ = geometry(image, np.empty((0, 4)))
+        ids = encoder.encode(text, [], loaded.context_length).ids
+        return View(digest(made_from), square, digest(text.encode()), ids)
+
+    def prepare(sample: Sample, where: str) -> list[View]:
         stored, caption = sample.image_bytes(), sample.caption()
-        square, _ = geometry(decode_image(stored), np.empty((0, 4)))
-        ids = encoder.encode(caption, [], loaded.context_length).ids
-        return Prepared(digest(stored), square, digest(caption.encode()), ids)
+        image = decode_image(stored)
+        views = [view(image, stored, caption)]
+        if pairs == 0:
+            return views
+        if PAIRS_EXTENSION not in sample.members:
+            raise ShardError(f"no {PAIRS_EXTENSION}; run `goal-ray lism` on the shards, or leave out --pairs")
+        record = PairRecord.from_bytes(sample.members[PAIRS_EXTENSION], caption, f"{where}: {sample.key!r}")
+        for pair in best_pairs(record, pairs):
+            box = record.regions[pair.region].box
+            start, end = record.sentences[pair.sentence]
+            views.append(view(crop_box(image, box), digest(stored) + repr(box).encode(), caption[start:end]))
+        return views
 
     return prepare
 
@@ -143,17 +189,17 @@ def describe_skip(record: dict[str, str]) -> str:
 
 def ordered(
     pool: ThreadPoolExecutor,
-    prepare: Callable[[Sample], Prepared],
+    prepare: Callable[[Sample, str], list[View]],
     samples: Iterable[tuple[str, Sample]],
     ahead: int,
     skipped: list[dict[str, str]],
-) -> Iterator[Prepared]:
+) -> Iterator[list[View]]:
     """Results of `prepare` in the samples' order, computed up to `ahead` of the reader; bad ones go to `skipped`."""
-    waiting: deque[tuple[str, str, Future[Prepared]]] = deque()
+    waiting: deque[tuple[str, str, Future[list[View]]]] = deque()
     source = iter(samples)
     while True:
         for url, sample in islice(source, ahead - len(waiting)):
-            waiting.append((url, sample.key, pool.submit(prepare, sample)))
+            waiting.append((url, sample.key, pool.submit(prepare, sample, url)))
         if not waiting:
             return
         url, key, future = waiting.popleft()

@@ -31,12 +31,15 @@ def evaluate(
     device: str | None = None,
     out: str | None = None,
     max_bad_share: float = 0.01,
+    pairs: int = 0,
 ) -> dict[str, Any]:
     """Retrieval metrics of a model on shards, also written as JSON (see `result_place`).
 
     checkpoint  a run folder (its newest checkpoint), a checkpoint or exported folder, or an open_clip architecture
     weights     for an architecture: a pretrained tag or a file
     batch       samples per forward pass; the metrics do not depend on it
+    pairs       also measures so many pairs of every sample, the best by its KEY.pairs.json: `local`, sentences among
+                all these regions and back, and `joint`, where captions and sentences search pictures and regions alike
 
     Beside the metrics the result has `pictures` and `captions`, how many of each are different; `repeated`, samples
     that say what an earlier one said, and are left out; and `skipped`, the bad ones. Raises StageError when more than
@@ -45,6 +48,8 @@ def evaluate(
     began = time.perf_counter()
     if batch < 1:
         raise ConfigError(f"batch must be at least 1, not {batch}")
+    if pairs < 0:
+        raise ConfigError(f"pairs must not be negative (got {pairs})")
     if not 0 <= max_bad_share <= 1:
         raise ConfigError(f"max_bad_share must be between 0 and 1, not {max_bad_share}")
     urls = expand_shards(shards)
@@ -53,21 +58,28 @@ def evaluate(
     place = result_place(checkpoint, shards, out)
     if place is not None:
         claim_place(place)
-    found = embed_shards(load_model(ModelConfig(name, weights)), urls, batch, device, threads=os.cpu_count() or 1)
+    found = embed_shards(load_model(ModelConfig(name, weights)), urls, batch, device, os.cpu_count() or 1, pairs)
     total = found.samples + len(found.skipped)
     if len(found.skipped) > max_bad_share * total:
         raise StageError(
             f"{len(found.skipped)} of {total} samples could not be used (allowed share {max_bad_share}); "
             f"the first: {describe_skip(found.skipped[0])}"
         )
-    image_IE, text_TE, pairs_P2 = (part.to(device) for part in (found.image_IE, found.text_TE, found.pairs_P2))
+    if pairs and len(found.local_P2) == 0:
+        raise StageError(f"{shards}: no sample has a pair of sentence and region; leave out --pairs")
+    image_IE, text_TE = found.image_IE.to(device), found.text_TE.to(device)
+
+    def measure(*pairs_P2: torch.Tensor) -> dict[str, Any]:
+        return retrieval_metrics(image_IE, text_TE, pairs_P2=torch.cat(pairs_P2).unique(dim=0).to(device))
+
     result = {
         "model": name,
         "shards": shards,
-        **retrieval_metrics(image_IE, text_TE, pairs_P2=pairs_P2),
-        "pictures": len(image_IE),
-        "captions": len(text_TE),
-        "repeated": found.samples - len(pairs_P2),
+        **measure(found.pairs_P2),
+        **({"local": measure(found.local_P2), "joint": measure(found.pairs_P2, found.local_P2)} if pairs else {}),
+        "pictures": len(found.pairs_P2[:, 0].unique()),
+        "captions": len(found.pairs_P2[:, 1].unique()),
+        "repeated": found.samples - len(found.pairs_P2),
         "skipped": found.skipped,
         "seconds": round(time.perf_counter() - began, 1),
     }
@@ -133,9 +145,16 @@ def print_table(result: dict[str, Any]) -> None:
         f"{result['count']} pairs of {result['pictures']} pictures and {result['captions']} captions; "
         f"{repeated}{len(result['skipped'])} skipped"
     )
-    print(f"{'':<16}" + "".join(f"{name:>13}" for name in names))
-    for direction in ("text_to_image", "image_to_text"):
-        print(f"{direction.replace('_', ' '):<16}" + "".join(f"{result[direction][name]:>13.2f}" for name in names))
+    print(f"{'':<22}" + "".join(f"{name:>13}" for name in names))
+    rows = {"text → image": (result, "text_to_image"), "image → text": (result, "image_to_text")}
+    if "local" in result:
+        rows |= {"sentence → region": (result["local"], "text_to_image")}
+        rows |= {"region → sentence": (result["local"], "image_to_text")}
+        rows |= {"joint, text → image": (result["joint"], "text_to_image")}
+        rows |= {"joint, image → text": (result["joint"], "image_to_text")}
+    for title, (metrics, direction) in rows.items():
+        cells = (f"{metrics[direction][name]:>13.2f}" if name in metrics[direction] else f"{'–':>13}" for name in names)
+        print(f"{title:<22}" + "".join(cells))
     for record in result["skipped"][:SKIPPED_SHOWN]:
         print(f"skipped: {describe_skip(record)}", file=sys.stderr)
     if len(result["skipped"]) > SKIPPED_SHOWN:

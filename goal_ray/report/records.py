@@ -19,8 +19,17 @@ from goal_ray.train.scan import QUARANTINE_FILE
 
 
 @dataclass(frozen=True)
+class Retrieval:
+    """One ranking; each direction maps R@K and mAP (percent) and median_rank to a value."""
+
+    text_to_image: dict[str, float]
+    image_to_text: dict[str, float]
+    count: int
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """What `goal-ray evaluate` stored; each direction maps R@K (percent) and median_rank to a value."""
+    """What `goal-ray evaluate` stored: captions and pictures; with pairs, sentences and regions, and all together."""
 
     model: str
     shards: str
@@ -28,6 +37,15 @@ class Evaluation:
     image_to_text: dict[str, float]
     count: int
     skipped: list[dict[str, str]]
+    local: Retrieval | None = None
+    joint: Retrieval | None = None
+
+    @property
+    def rankings(self) -> dict[str, Retrieval]:
+        """Each ranking by what it ranks."""
+        whole = Retrieval(self.text_to_image, self.image_to_text, self.count)
+        found = {"captions and pictures": whole, "sentences and regions": self.local, "both together": self.joint}
+        return {name: ranking for name, ranking in found.items() if ranking is not None}
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from goal_ray.losses import TERMS
-from goal_ray.report.records import Evaluation, RunRecords
+from goal_ray.report.records import Evaluation, Retrieval, RunRecords
 
-RECALLS = ("R@1", "R@5", "R@25", "R@50")
-COLUMNS = (*RECALLS, "median_rank")
+SHARES = ("R@1", "R@5", "R@25", "R@50", "mAP")
+COLUMNS = (*SHARES, "median_rank")
 
 
 def settings_table(runs: Sequence[RunRecords]) -> list[tuple[str, list[str]]]:
@@ -53,20 +53,21 @@ class MetricsRow:
     skipped: int
 
 
-def metrics_tables(runs: Sequence[RunRecords]) -> dict[str, list[MetricsRow]]:
-    """Evaluated shards -> a row for each evaluation on them; cells are COLUMNS text to image, then image to text."""
-    groups: dict[str, list[tuple[int, Evaluation]]] = {}
+def metrics_tables(runs: Sequence[RunRecords]) -> dict[tuple[str, str], list[MetricsRow]]:
+    """(evaluated shards, what is ranked) -> a row for each evaluation; cells are COLUMNS of both directions."""
+    groups: dict[tuple[str, str], list[tuple[int, Evaluation, Retrieval]]] = {}
     for number, run in enumerate(runs):
         for evaluation in run.evaluations:
-            groups.setdefault(evaluation.shards.rstrip("/"), []).append((number, evaluation))
-    return {shards: metrics_rows(group) for shards, group in groups.items()}
+            for name, ranking in evaluation.rankings.items():
+                groups.setdefault((evaluation.shards.rstrip("/"), name), []).append((number, evaluation, ranking))
+    return {title: metrics_rows(group) for title, group in groups.items()}
 
 
-def metrics_rows(group: Sequence[tuple[int, Evaluation]]) -> list[MetricsRow]:
-    """Rows of evaluations on the same shards; the best value of a column is marked where there is a choice."""
+def metrics_rows(group: Sequence[tuple[int, Evaluation, Retrieval]]) -> list[MetricsRow]:
+    """Rows of rankings of the same shards; the best value of a column is marked where there is a choice."""
     values = [
-        [direction.get(name) for direction in (evaluation.text_to_image, evaluation.image_to_text) for name in COLUMNS]
-        for _, evaluation in group
+        [direction.get(name) for direction in (ranking.text_to_image, ranking.image_to_text) for name in COLUMNS]
+        for *_, ranking in group
     ]
     best = [best_of(column, name) for column, name in zip(zip(*values, strict=True), 2 * COLUMNS, strict=True)]
     return [
@@ -77,24 +78,24 @@ def metrics_rows(group: Sequence[tuple[int, Evaluation]]) -> list[MetricsRow]:
                 (to_text(value, name), len(group) > 1 and value is not None and value == top)
                 for value, name, top in zip(row, 2 * COLUMNS, best, strict=True)
             ],
-            evaluation.count,
+            ranking.count,
             len(evaluation.skipped),
         )
-        for row, (number, evaluation) in zip(values, group, strict=True)
+        for row, (number, evaluation, ranking) in zip(values, group, strict=True)
     ]
 
 
 def best_of(column: Sequence[float | None], name: str) -> float | None:
-    """The highest recall, the lowest rank; None in an empty column."""
+    """The highest share, the lowest rank; None in an empty column."""
     known = [value for value in column if value is not None]
-    return (max if name in RECALLS else min)(known, default=None)
+    return (max if name in SHARES else min)(known, default=None)
 
 
 def to_text(value: float | None, name: str) -> str:
-    """A recall with two digits; a dash where there was none, as there are no more than K to choose from."""
+    """A share with two digits; a dash where there was none, as there are no more than K to choose from."""
     if value is None:
         return "–"
-    return f"{value:.2f}" if name in RECALLS else f"{value:g}"
+    return f"{value:.2f}" if name in SHARES else f"{value:g}"
 
 
 def quarantine_rows(run: RunRecords) -> list[dict[str, Any]]:

@@ -16,7 +16,10 @@ the settings. The same command gives the same bytes; after an interruption it dr
 
 With --short captions are like alt text: the shape, colour and pattern of each object, sometimes its place. With
 --crops some pictures show one object alone, as a region cut from a scene shows it. Together that is what a CLIP should
-know before it is fine-tuned on long captions: --short --crops 0.6 --min-objects 2 --max-objects 3."""
+know before it is fine-tuned on long captions: --short --crops 0.6 --min-objects 2 --max-objects 3.
+
+With --paired each sample also has KEY.pairs.json, as if from a LISM that never errs: to train on true pairs, or to
+measure with `goal-ray evaluate --pairs`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -40,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command.add_argument(
         "--short", action="store_true", help="short captions: no sizes, few places, nothing on the whole scene"
     )
+    command.add_argument("--paired", action="store_true", help="write each sentence's true region as KEY.pairs.json")
     options = vars(command.parse_args(arguments))
     out, count, seed = options.pop("out"), options.pop("count"), options.pop("seed")
     started = time.monotonic()

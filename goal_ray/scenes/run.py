@@ -11,6 +11,7 @@ For a scene drawn as a crop, `size` and `place` are those in the full scene that
 import dataclasses
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from tqdm import tqdm
 
 from goal_ray.config import strict
 from goal_ray.errors import ConfigError, StageError
-from goal_ray.scenes.captions import write_caption
+from goal_ray.pairs import Pair, PairRecord, Region
+from goal_ray.scenes.captions import Sentence, write_caption
 from goal_ray.scenes.drawing import render
-from goal_ray.scenes.layout import MAX_OBJECTS, crop_scene, full_scene, look_alike
-from goal_ray.shards import write_tar
+from goal_ray.scenes.layout import MAX_OBJECTS, Box, crop_scene, full_scene, look_alike
+from goal_ray.shards import PAIRS_EXTENSION, write_tar
 from goal_ray.storage import exists, join, list_names, read_bytes, write_bytes
 
 SETTINGS_FILE = "scenes.json"
@@ -44,6 +46,7 @@ class SceneSettings:
     family: so many consecutive scenes are look-alikes, which share all but the patterns of their objects
     crops: share of the pictures that show one object alone, as a region cut from a scene shows it
     short: captions name each object's shape, colour and pattern and little else, like alt text
+    paired: samples get the KEY.pairs.json of a LISM that never errs
     """
 
     shard_size: int = 250
@@ -53,6 +56,7 @@ class SceneSettings:
     family: int = 1
     crops: float = 0.0
     short: bool = False
+    paired: bool = False
 
     def __post_init__(self) -> None:
         if self.shard_size < 1:
@@ -153,4 +157,21 @@ def draw_scene(seed: int, index: int, settings: SceneSettings) -> tuple[str, dic
         "sentences": [dataclasses.asdict(sentence) for sentence in sentences],
     }
     members = {"png": png.getvalue(), "txt": caption.encode(), "json": json.dumps(truth).encode()}
+    if settings.paired:
+        members[PAIRS_EXTENSION] = true_pairs(scene.size_px, boxes, sentences).to_bytes()
     return f"scene-{index:06d}", members
+
+
+def true_pairs(size_px: tuple[int, int], boxes: Sequence[Box], sentences: Sequence[Sentence]) -> PairRecord:
+    """Each sentence that speaks of an object, with that object's box; sentences on the whole scene have no pair."""
+    return PairRecord(
+        size_px,
+        tuple((sentence.start, sentence.end) for sentence in sentences),
+        tuple(Region(box, 1.0, "truth") for box in boxes),
+        tuple(
+            Pair(number, sentence.object, 1.0)
+            for number, sentence in enumerate(sentences)
+            if sentence.object is not None
+        ),
+        {"source": "goal-ray scenes: the truth"},
+    )

@@ -28,7 +28,7 @@ def made(cluster, tiny_clip, tmp_path_factory):  # noqa: ARG001 (Ray must run)
             {
                 "short": demo.SceneSet(16, SceneSettings(size=48, crops=0.5, short=True), 1),
                 "train": demo.SceneSet(16, SceneSettings(size=64), 2),
-                "test": demo.SceneSet(60, SceneSettings(size=64), 3),
+                "test": demo.SceneSet(60, SceneSettings(size=64, paired=True), 3),
             },
         )
         result = demo.run_demo(out, range(1))
@@ -41,8 +41,9 @@ def made(cluster, tiny_clip, tmp_path_factory):  # noqa: ARG001 (Ray must run)
 def test_demo_measures_start_global_and_goal_on_the_same_held_out_scenes(made):
     (result,) = made["result"]["seeds"]
     assert list(result["models"]) == ["start", "global", "goal"]
-    assert {model["count"] for model in result["models"].values()} == {60}
-    assert all(0 <= model["text_to_image"]["R@1"] <= 100 for model in result["models"].values())
+    for model in result["models"].values():
+        assert [model[part]["count"] for part in demo.MEASURES] == [60, 60, 120]
+        assert all(0 <= model[part]["text_to_image"][at] <= 100 for part, at in demo.MEASURES.items())
     assert json.loads((made["out"] / demo.RESULT_FILE).read_text()) == made["again"]
 
 
@@ -70,11 +71,13 @@ def test_demo_writes_a_report_of_its_runs(made):
 
 
 def test_spread_over_seeds_is_mean_and_sample_deviation():
+    def model(value: float) -> dict:
+        return {part: {way: {at: value} for way in demo.DIRECTIONS} for part, at in demo.MEASURES.items()}
+
     def result(goal: float) -> dict:
-        recall = {direction: {"R@1": 1.0, "R@5": 2.0} for direction in demo.DIRECTIONS}
-        better = {direction: {"R@1": goal, "R@5": 2.0} for direction in demo.DIRECTIONS}
-        return {"models": {"start": recall, "global": recall, "goal": better}}
+        return {"models": {"start": model(1.0), "global": model(1.0), "goal": model(goal)}}
 
     found = demo.spread([result(2.0), result(4.0)])
-    assert found["models"]["goal"]["text_to_image"]["R@1"] == pytest.approx({"mean": 3.0, "std": 2**0.5})
-    assert found["goal_minus_global_R@1"]["image_to_text"] == pytest.approx({"mean": 2.0, "std": 2**0.5})
+    for part in demo.MEASURES:
+        assert found["models"]["goal"][part]["text_to_image"] == pytest.approx({"mean": 3.0, "std": 2**0.5})
+        assert found["goal_minus_global"][part]["image_to_text"] == pytest.approx({"mean": 2.0, "std": 2**0.5})

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from goal_ray.errors import ConfigError, GoalRayError, ModelError, ShardError, S
 from goal_ray.evaluate.__main__ import main
 from goal_ray.evaluate.run import evaluate, resolve_model, result_place
 from goal_ray.model import WEIGHTS_FILE, ModelConfig, load_model, save_model
+from goal_ray.pairs import PairRecord, best_pairs
 from goal_ray.scenes.run import SceneSettings, draw_scenes
 from goal_ray.shards import index_shard, stream_samples, write_tar
 
@@ -84,7 +86,11 @@ def expected(model: str, tars: list[str]) -> dict:
         best = np.where(belongs, similarity, -2).max(axis=1, keepdims=True)
         rank = (similarity >= best - 1e-6).sum(axis=1)
         recalls = {f"R@{k}": pytest.approx(100 * np.mean(rank <= k)) for k in (1, 5, 25, 50) if k < similarity.shape[1]}
-        return {**recalls, "median_rank": float(np.median(rank))}
+        places = [
+            (row >= row[right][:, None] - 1e-6).sum(axis=1) for row, right in zip(similarity, belongs, strict=True)
+        ]
+        precision = [np.mean(np.arange(1, len(each) + 1) / np.sort(each)) for each in places]
+        return {**recalls, "mAP": pytest.approx(100 * np.mean(precision)), "median_rank": float(np.median(rank))}
 
     return {
         "text_to_image": summary(similarity, belongs),
@@ -98,7 +104,7 @@ def expected(model: str, tars: list[str]) -> dict:
 def test_metrics_are_those_of_plain_open_clip_and_numpy(model, scenes):
     result = evaluate(model, str(scenes))
     assert metrics(result) == expected(model, sorted(map(str, scenes.glob("*.tar"))))
-    assert list(result["text_to_image"]) == ["R@1", "R@5", "R@25", "median_rank"]
+    assert list(result["text_to_image"]) == ["R@1", "R@5", "R@25", "mAP", "median_rank"]
     assert result["skipped"] == []
 
 
@@ -120,6 +126,69 @@ def test_a_shard_that_stands_there_twice_counts_once(model, scenes, tmp_path):
     result = evaluate(model, str(tmp_path))
     assert metrics(result) == metrics(evaluate(model, str(scenes)))
     assert result["repeated"] == 10
+
+
+@pytest.fixture(scope="module")
+def paired(tmp_path_factory) -> Path:
+    """Twelve scenes with the pairs of the truth."""
+    folder = tmp_path_factory.mktemp("paired")
+    draw_scenes(folder, 12, 5, SceneSettings(shard_size=5, size=48, paired=True))
+    return folder
+
+
+@pytest.mark.parametrize("pairs", [1, 3, 99])
+def test_local_and_joint_metrics_are_those_of_shards_of_crops_and_sentences(model, paired, tmp_path, pairs):
+    def crops():
+        for tar in sorted(paired.glob("*.tar")):
+            for sample in stream_samples(str(tar)):
+                image, caption = Image.open(io.BytesIO(sample.image_bytes())), sample.caption()
+                record = PairRecord.from_bytes(sample.members["pairs.json"], caption, "")
+                for number, found in enumerate(best_pairs(record, pairs)):
+                    start, end = record.sentences[found.sentence]
+                    buffer = io.BytesIO()
+                    x0, y0, x1, y1 = record.regions[found.region].box
+                    image.crop((math.floor(x0), math.floor(y0), math.ceil(x1), math.ceil(y1))).save(buffer, "PNG")
+                    yield f"{sample.key}-{number}", {"png": buffer.getvalue(), "txt": caption[start:end].encode()}
+
+    write_tar(str(tmp_path / "crops.tar"), crops())
+    result, local = evaluate(model, str(paired), pairs=pairs), evaluate(model, str(tmp_path / "crops.tar"))
+    kinds = (*DIRECTIONS, "count")
+    assert {kind: result["local"][kind] for kind in kinds} == {kind: local[kind] for kind in kinds}
+    for tar in paired.glob("*.tar"):
+        shutil.copy(tar, tmp_path / tar.name)
+    joint = evaluate(model, str(tmp_path))
+    assert {kind: result["joint"][kind] for kind in kinds} == {kind: joint[kind] for kind in kinds}
+    assert metrics(result) == metrics(evaluate(model, str(paired)))
+
+
+def test_pairs_are_printed_beside_the_whole(model, paired, capsys):
+    main([model, str(paired), "--pairs", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("   ")[0].strip() for line in lines[2:8]] == [
+        "text → image",
+        "image → text",
+        "sentence → region",
+        "region → sentence",
+        "joint, text → image",
+        "joint, image → text",
+    ]
+
+
+def test_pairs_of_shards_without_pairs_are_refused_with_the_remedy(model, scenes):
+    with pytest.raises(StageError, match=r"no pairs.json; run `goal-ray lism` on the shards, or leave out --pairs"):
+        evaluate(model, str(scenes), pairs=1)
+
+
+def test_samples_without_any_pair_do_not_count_as_measured(model, tmp_path):
+    nothing = PairRecord((20, 10), (), (), (), {}).to_bytes()
+    write_tar(str(tmp_path / "a.tar"), iter([("7", {**pair("red", "It is red."), "pairs.json": nothing})]))
+    with pytest.raises(StageError, match="no sample has a pair of sentence and region; leave out --pairs"):
+        evaluate(model, str(tmp_path), pairs=1)
+
+
+def test_a_negative_number_of_pairs_is_refused(model, scenes):
+    with pytest.raises(ConfigError, match="pairs must not be negative"):
+        evaluate(model, str(scenes), pairs=-1)
 
 
 def test_several_captions_of_a_picture_and_pictures_of_a_caption_are_all_right(model, tmp_path):
@@ -198,9 +267,9 @@ def test_a_runs_numbers_go_into_its_folder_and_onto_the_screen(run, scenes, caps
     result = json.loads(place.read_text())
     printed = capsys.readouterr().out
     assert "10 pairs of 10 pictures and 10 captions; 0 skipped" in printed
-    assert printed.splitlines()[1].split() == ["R@1", "R@5", "median_rank"]
+    assert printed.splitlines()[1].split() == ["R@1", "R@5", "mAP", "median_rank"]
     for line, direction in zip(printed.splitlines()[2:4], DIRECTIONS, strict=True):
-        assert line.startswith(direction.replace("_", " "))
+        assert line.startswith(direction.replace("_to_", " → "))
         assert [float(number) for number in line.split()[3:]] == [round(x, 2) for x in result[direction].values()]
     assert printed.endswith(f"written to {place}\n")
 

@@ -177,11 +177,24 @@ def test_the_best_value_among_runs_on_the_same_shards_is_bold(make_run):
     rows = section(page, "metrics").find("tbody")[0].find("tr")
     cells = [[(cell.text, "best" in cell.attributes.get("class", "")) for cell in row.find("td")[2:]] for row in rows]
     dash = ("–", False)
-    same = [("10.00", True), ("30.00", True), dash, dash, ("4", True)]
+    same = [("10.00", True), ("30.00", True), dash, dash, dash, ("4", True)]
     assert cells == [
-        [("10.00", False), ("30.00", True), dash, dash, ("4", True), *same, ("100", False), ("1", False)],
-        [("12.50", True), ("30.00", True), dash, dash, ("9", False), *same, ("100", False), ("0", False)],
+        [("10.00", False), ("30.00", True), dash, dash, dash, ("4", True), *same, ("100", False), ("1", False)],
+        [("12.50", True), ("30.00", True), dash, dash, dash, ("9", False), *same, ("100", False), ("0", False)],
     ]
+
+
+def test_sentences_and_regions_have_tables_of_their_own(make_run):
+    run = make_run()
+    local, joint = ({"text_to_image": {"mAP": share}, "image_to_text": {}, "count": share} for share in (70, 60))
+    add_evaluation(run, local=local, joint=joint)
+    metrics = section(read_page(write_report([str(run)], images=0).url), "metrics")
+    titles = ["captions and pictures", "sentences and regions", "both together"]
+    assert [title.text for title in metrics.find("h3")] == [f"shards/test: {title}" for title in titles]
+    rows = [[cell.text for cell in body.find("td")] for body in metrics.find("tbody")]
+    assert [row[-2] for row in rows] == ["100", "70", "60"]
+    assert "70.00" in rows[1]
+    assert "60.00" in rows[2]
 
 
 def test_runs_on_different_shards_are_not_compared(make_run):
@@ -189,7 +202,9 @@ def test_runs_on_different_shards_are_not_compared(make_run):
     add_evaluation(first, "easy")
     add_evaluation(second, "hard")
     metrics = section(read_page(write_report([str(first), str(second)], images=0).url), "metrics")
-    assert [title.text for title in metrics.find("h3")] == ["shards/easy", "shards/hard"]
+    assert [title.text for title in metrics.find("h3")] == [
+        f"shards/{name}: captions and pictures" for name in ("easy", "hard")
+    ]
     assert not metrics.find("td", "best")
 
 

@@ -8,6 +8,7 @@ import pytest
 import webdataset
 
 from goal_ray.errors import ConfigError, StageError
+from goal_ray.pairs import PairRecord
 from goal_ray.scenes.__main__ import main
 from goal_ray.scenes.run import SceneSettings, draw_scene, draw_scenes
 from goal_ray.shards import stream_samples
@@ -49,6 +50,24 @@ def test_our_own_reader_finds_picture_and_caption(tmp_path):
     (sample,) = stream_samples(tar)
     assert {extension: sample.members[extension] for extension in ("png", "txt", "json")} == draw_scene(1, 0, SMALL)[1]
     assert sample.caption() == sample.members["txt"].decode()
+
+
+def test_paired_scenes_hold_the_truth_as_pairs_and_are_else_the_same(tmp_path):
+    main([str(tmp_path / "paired"), "--count", "3", "--size", "48", "--paired"])
+    draw_scenes(tmp_path / "plain", 3, 0, SceneSettings(size=48))
+    paired, plain = (list(stream_samples(str(tmp_path / name / "scenes-000000.tar"))) for name in ("paired", "plain"))
+    for sample, same in zip(paired, plain, strict=True):
+        record = PairRecord.from_bytes(sample.members.pop("pairs.json"), sample.caption(), sample.key)
+        assert sample == same
+        truth = json.loads(sample.members["json"])
+        assert [record.regions[pair.region].box for pair in record.pairs] == [
+            tuple(truth["objects"][sentence["object"]]["box"])
+            for sentence in truth["sentences"]
+            if sentence["object"] is not None
+        ]
+        assert [record.sentences[pair.sentence] for pair in record.pairs] == [
+            (sentence["start"], sentence["end"]) for sentence in truth["sentences"] if sentence["object"] is not None
+        ]
 
 
 def test_rerunning_draws_only_what_is_missing(tmp_path):
