@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.tsl.eager import cell_weights
+
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -73,11 +75,12 @@ class Case:
 def necessary_bytes(inputs: dict[str, Any]) -> tuple[int, int]:
     """Bytes that forward and backward must move at least, everything else being in caches.
 
-    forward: read the tokens under each box, the projection and the targets; backward: write the gradient of all tokens,
-    read the targets, read the projection and write its gradient, write the targets' gradient.
+    forward: read each token that lies under any box once, the projection and the targets; backward: write the gradient
+    of all tokens, read targets and projection again, and write their gradients.
     """
     tokens_BND, target_ME, proj_DE = inputs["tokens_BND"], inputs["target_ME"], inputs["proj_DE"]
-    x0, y0, x1, y1 = inputs["boxes_M4"].unbind(1)
-    cells = int(((x1.ceil() - x0.floor()) * (y1.ceil() - y0.floor())).sum())
-    read = cells * tokens_BND.shape[2] * tokens_BND.element_size()
-    return read + proj_DE.nbytes + target_ME.nbytes, tokens_BND.nbytes + 2 * proj_DE.nbytes + 2 * target_ME.nbytes
+    weights_MN, _ = cell_weights(inputs["boxes_M4"], inputs["grid"], "touch")
+    covered_BN = weights_MN.new_zeros(len(tokens_BND), weights_MN.shape[1])
+    cells = int(covered_BN.index_add_(0, inputs["sample_index_M"], weights_MN).count_nonzero())
+    forward = cells * tokens_BND.shape[2] * tokens_BND.element_size() + proj_DE.nbytes + target_ME.nbytes
+    return forward, tokens_BND.nbytes + 2 * proj_DE.nbytes + 2 * target_ME.nbytes

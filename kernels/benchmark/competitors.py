@@ -102,6 +102,10 @@ def prefix_sums(tokens_BND: Tensor, regions: Regions) -> Tensor:
 POOLS: dict[str, Pool] = {"bag": bag, "gather": gather, "padded": padded, "prefix sums": prefix_sums}
 
 
+RAGGED = tuple(name for name in POOLS if name != "padded")
+"""The poolings that meet the contract: any number of boxes on any sample."""
+
+
 def eager_with(pool: Pool) -> Callable[..., TslResult]:
     """The eager loss around another pooling; arguments and result as in `tsl_eager`."""
 

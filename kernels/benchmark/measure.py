@@ -1,4 +1,8 @@
-"""The measurements: relative errors anywhere; times, bandwidth and memory on a GPU."""
+"""The measurements: relative errors anywhere; times, bandwidth and memory on a GPU.
+
+Times are the GPU's: each pass is queued behind a pause, so that the host's launches are ahead of it, as they are in
+training, where the towers keep the GPU busy. What waits for the GPU, as `.item()` does, pays for its launches.
+"""
 
 import statistics
 from collections.abc import Callable
@@ -13,6 +17,7 @@ EPS = 1e-5
 LEAVES = ("tokens_BND", "ln_weight_D", "ln_bias_D", "proj_DE", "target_ME")
 CACHE_BYTES = 128 * 2**20  # more than any L2
 COPY_BYTES = 2**30
+PAUSE_CYCLES = 4_000_000  # about 2 ms
 Loss = Callable[..., TslResult]
 
 
@@ -42,27 +47,23 @@ def relative_errors(loss: Loss, inputs: dict[str, Any], mode: str) -> dict[str, 
     return {**errors, "cosine": (found["cosine"] - exact["cosine"]).abs().max().item()}
 
 
-def copy_bandwidth() -> float:
+def copy_bandwidth(repeats: int = 20) -> float:
     """Bytes per second, read and written, of a plain copy on the GPU."""
-    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    seconds = median_seconds(lambda: target.copy_(source), repeats=20)
-    return 2 * COPY_BYTES / seconds
-
-
-def median_seconds(work: Callable[[], object], repeats: int) -> float:
-    """Median time of some work on the GPU, by CUDA events, after a warm-up."""
-    for _ in range(3):
-        work()
-    spans = []
+    source, target = (torch.ones(COPY_BYTES, dtype=torch.uint8, device="cuda") for _ in range(2))
+    events = []
     for _ in range(repeats):
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
-        work()
-        after.record()
-        spans.append((before, after))
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        marks[0].record()
+        target.copy_(source)
+        marks[1].record()
+        events.append(marks)
+    return 2 * COPY_BYTES / median_seconds(events, 0, 1)
+
+
+def median_seconds(events: list[list[torch.cuda.Event]], start: int, end: int) -> float:
+    """Median time between two marks of each pass."""
     torch.cuda.synchronize()
-    return statistics.median(before.elapsed_time(after) for before, after in spans) / 1000
+    return statistics.median(marks[start].elapsed_time(marks[end]) for marks in events) / 1000
 
 
 def time_loss(loss: Loss, inputs: dict[str, Any], mode: str, repeats: int) -> dict[str, float]:
@@ -94,6 +95,7 @@ def time_loss(loss: Loss, inputs: dict[str, Any], mode: str, repeats: int) -> di
     for step in range(repeats):
         arguments = rotation[step % copies]
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+        torch.cuda._sleep(PAUSE_CYCLES)
         marks[0].record()
         result = loss(**arguments, mode=mode, eps=EPS)
         marks[1].record()
@@ -102,10 +104,5 @@ def time_loss(loss: Loss, inputs: dict[str, Any], mode: str, repeats: int) -> di
         events.append(marks)
         del result
         forget_gradients(arguments)
-    torch.cuda.synchronize()
     spans = {"forward": (0, 1), "backward": (1, 2), "both": (0, 2)}
-    times = {
-        name: statistics.median(marks[start].elapsed_time(marks[end]) for marks in events) / 1000
-        for name, (start, end) in spans.items()
-    }
-    return {**times, "extra_bytes": extra}
+    return {**{name: median_seconds(events, *span) for name, span in spans.items()}, "extra_bytes": extra}

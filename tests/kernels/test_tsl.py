@@ -155,6 +155,19 @@ def test_gradients_are_those_of_finite_differences(backend, mode):
     assert torch.autograd.gradcheck(outputs, leaves)
 
 
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("zero", ["target", "feature"])
+def test_vectors_of_no_length_have_cosine_zero_and_the_gradients_of_the_definition(backend, zero):
+    case = random_case(33)
+    if zero == "target":
+        case["target_ME"][2] = 0
+    else:
+        case |= {"ln_weight_D": torch.zeros_like(case["ln_weight_D"]), "ln_bias_D": None}
+    cosine_M = tsl_loss(**case, backend=backend).cosine_M
+    assert (cosine_M[2] if zero == "target" else cosine_M.abs().max()).item() == 0
+    assert_same(case, backend)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 @pytest.mark.parametrize(
