@@ -129,7 +129,7 @@ def print_result(result: Mapping[str, Any], out: Path) -> None:
     for name, label in MODELS.items():
         model = result["models"][name]
         cells = (" / ".join(f"{model[part][way][at]:.1f}" for way in DIRECTIONS) for part, at in MEASURES.items())
-        print(f"{label:<18}" + "".join(f"{cell:>22}" for cell in cells) + f"{model['train_seconds']:>13.0f}")
+        print(f"{label:<18}" + "".join(f"{cell:>26}" for cell in cells) + f"{model['train_seconds']:>13.0f}")
     right, found = 100 * lism["right_region"], 100 * lism["object_recall"]
     print(
         f"LISM: {right:.1f} % of {lism['sentences']} sentences got a region with IoU ≥ 0.5 on the object they speak of;"
@@ -138,7 +138,7 @@ def print_result(result: Mapping[str, Any], out: Path) -> None:
     print(f"curves and pictures: {out / result['report']}\nall numbers: {out / RESULT_FILE}")
 
 
-TABLE_HEAD = f"{'':<18}" + "".join(f"{f'{part} {at}':>22}" for part, at in MEASURES.items())
+TABLE_HEAD = f"{'':<18}" + "".join(f"{f'{part} {at}':>26}" for part, at in MEASURES.items())
 
 
 def spread(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -172,4 +172,4 @@ def print_spread(summary: Mapping[str, Any]) -> None:
     for label, row in rows.items():
         values = ([row[part][way] for way in DIRECTIONS] for part in MEASURES)
         cells = (" / ".join(f"{each['mean']:.1f} ± {each['std']:.1f}" for each in both) for both in values)
-        print(f"{label:<18}" + "".join(f"{cell:>22}" for cell in cells))
+        print(f"{label:<18}" + "".join(f"{cell:>26}" for cell in cells))
