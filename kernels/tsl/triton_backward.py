@@ -16,10 +16,18 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.tsl.reference import TINY_NORM
-from kernels.tsl.triton_cells import axis_share, load_box
+from kernels.tsl.triton_cells import IS_INTERPRETED, axis_share, load_box
 from kernels.tsl.triton_forward import load_unit
 
-MAX_PARTIALS = 128
+MAX_PARTIALS = 512
+# A warp spans 256 columns, so that loads and stores are of 16 bytes a thread. The interpreter, slow per program and not
+# per element, takes a tile that no GPU would.
+TILES = [
+    triton.Config({"ROWS": 4, "BLOCK_D": 256, "AT_ONCE": 4}, num_warps=1),
+    triton.Config({"ROWS": 8, "BLOCK_D": 256, "AT_ONCE": 2}, num_warps=1),
+    triton.Config({"ROWS": 8, "BLOCK_D": 1024, "AT_ONCE": 2}, num_warps=4),
+]
+INTERPRETED_TILE = triton.Config({"ROWS": 64, "BLOCK_D": 512, "AT_ONCE": 2})
 
 
 def cosine_error_backward(
@@ -107,12 +115,12 @@ def cosine_backward_kernel(
 
 def normalise_backward(
     y_grad_MD: Tensor, normal_MD: Tensor, rstd_M: Tensor, is_empty_M: Tensor, ln_weight_D: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dp_MD, dln_weight_D, dln_bias_D), all in the accumulation dtype."""
+) -> tuple[Tensor, Tensor]:
+    """dp_MD, and the gradients of LayerNorm's weight and bias as (2, D); both in the accumulation dtype."""
     regions, dim = normal_MD.shape
     pooled_grad_MD = torch.empty_like(normal_MD)
     programs = min(regions, MAX_PARTIALS)
-    weight_grad_PD, bias_grad_PD = (normal_MD.new_empty(programs, dim) for _ in range(2))
+    partial_2PD = normal_MD.new_empty(2, programs, dim)
     if regions:
         with torch.cuda.device_of(normal_MD):
             normalise_backward_kernel[(programs,)](
@@ -122,14 +130,13 @@ def normalise_backward(
                 is_empty_M,
                 ln_weight_D if ln_weight_D is None else ln_weight_D.contiguous(),
                 pooled_grad_MD,
-                weight_grad_PD,
-                bias_grad_PD,
+                *partial_2PD,
                 regions,
                 dim,
                 BLOCK_D=triton.next_power_of_2(dim),
                 num_warps=8,
             )
-    return pooled_grad_MD, weight_grad_PD.sum(0), bias_grad_PD.sum(0)
+    return pooled_grad_MD, partial_2PD.sum(1)
 
 
 # One program = every P-th region × all of D; its sums for LayerNorm's weight and bias are one row each of P.
@@ -208,15 +215,7 @@ def pool_backward(
 
 # One program = one tile of tokens of one sample × one tile of D. The regions' dp, M×D, stays in the L2 cache.
 # Tuning is free here: whatever the tile, each element adds up its regions in the same order.
-@triton.autotune(
-    configs=[
-        triton.Config({"ROWS": 16, "BLOCK_D": 256}, num_warps=4),
-        triton.Config({"ROWS": 32, "BLOCK_D": 128}, num_warps=4),
-        triton.Config({"ROWS": 32, "BLOCK_D": 256}, num_warps=8),
-    ][: 1 if triton.knobs.runtime.interpret else None],
-    key=["dim"],
-    cache_results=True,
-)
+@triton.autotune(configs=[INTERPRETED_TILE] if IS_INTERPRETED else TILES, key=["dim"], cache_results=True)
 @triton.jit(do_not_specialize=["height", "width", "first_token", "rows"])
 def pool_backward_kernel(
     pooled_grad_ptr,
@@ -235,6 +234,7 @@ def pool_backward_kernel(
     TOUCH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
     tile = tl.program_id(0)
     tiles_d, tiles_n = tl.cdiv(dim, BLOCK_D), tl.cdiv(rows, ROWS)
@@ -246,15 +246,17 @@ def pool_backward_kernel(
     x, y = cell % width, cell // width
 
     sums = tl.zeros([ROWS, BLOCK_D], dtype=pooled_grad_ptr.dtype.element_ty)
-    for position in range(tl.load(start_ptr + sample), tl.load(start_ptr + sample + 1)):
-        region = tl.load(order_ptr + position)
-        x0, y0, x1, y1, is_empty, is_nan = load_box(boxes_ptr, region, height, width)
-        weight = axis_share(x0, x1, x, TOUCH) * axis_share(y0, y1, y, TOUCH)
-        weight = tl.where(is_nan, float("nan"), weight)
-        weight = tl.where(in_grid & (is_empty == 0), weight, 0.0)
-        # A tile that the box does not reach adds nothing.
-        if tl.sum((weight != 0.0).to(tl.int32), axis=0) > 0:
-            pooled_grad = tl.load(pooled_grad_ptr + region * dim + column, mask=column < dim, other=0.0)
+    first, last = tl.load(start_ptr + sample), tl.load(start_ptr + sample + 1)
+    for begin in range(first, last, AT_ONCE):
+        # Unrolled, the loads of several boxes are under way together; one by one, each would wait for the one before.
+        for offset in tl.static_range(AT_ONCE):
+            exists = begin + offset < last
+            region = tl.load(order_ptr + begin + offset, mask=exists, other=0)
+            pooled_grad = tl.load(pooled_grad_ptr + region * dim + column, mask=exists & (column < dim), other=0.0)
+            x0, y0, x1, y1, is_empty, is_nan = load_box(boxes_ptr, region, exists, height, width)
+            weight = axis_share(x0, x1, x, TOUCH) * axis_share(y0, y1, y, TOUCH)
+            weight = tl.where(is_nan, float("nan"), weight)
+            weight = tl.where(in_grid & (is_empty == 0), weight, 0.0)
             sums += weight.to(sums.dtype)[:, None] * pooled_grad[None, :]
     at = sample * stride_b + row.to(tl.int64)[:, None] * stride_n + column.to(tl.int64)[None, :] * stride_d
     kept = (row < rows)[:, None] & (column < dim)[None, :]

@@ -8,10 +8,14 @@ IS_INTERPRETED = triton.knobs.runtime.interpret
 
 
 @triton.jit
-def load_box(boxes_ptr, region, height, width):
-    """One box, clipped to the grid: (x0, y0, x1, y1, is_empty, is_nan). A NaN box is not empty: it must show."""
-    x0, y0 = tl.load(boxes_ptr + region * 4), tl.load(boxes_ptr + region * 4 + 1)
-    x1, y1 = tl.load(boxes_ptr + region * 4 + 2), tl.load(boxes_ptr + region * 4 + 3)
+def load_box(boxes_ptr, region, exists, height, width):
+    """One box, clipped to the grid: (x0, y0, x1, y1, is_empty, is_nan). One that does not exist is read as empty.
+
+    A NaN box is not empty: it must show.
+    """
+    box = boxes_ptr + region * 4
+    x0, y0 = tl.load(box, mask=exists, other=0.0), tl.load(box + 1, mask=exists, other=0.0)
+    x1, y1 = tl.load(box + 2, mask=exists, other=0.0), tl.load(box + 3, mask=exists, other=0.0)
     is_nan = (x0 != x0) | (y0 != y0) | (x1 != x1) | (y1 != y1)
     x0, y0 = tl.maximum(x0, 0.0), tl.maximum(y0, 0.0)
     x1, y1 = tl.minimum(x1, width), tl.minimum(y1, height)
@@ -27,7 +31,8 @@ def axis_share(low, high, cell, TOUCH: tl.constexpr):
     edge = cell.to(low.dtype)
     overlap = tl.maximum(tl.minimum(high, edge + 1.0) - tl.maximum(low, edge), 0.0)
     if TOUCH:
-        share = tl.where(overlap > 0.0, 1.0, 0.0) / tl.maximum(tl.ceil(high) - tl.floor(low), 1.0)
+        overlap = tl.where(overlap > 0.0, 1.0, 0.0)
+        whole = tl.maximum(tl.ceil(high) - tl.floor(low), 1.0)
     else:
-        share = overlap / tl.where(high > low, high - low, 1.0)
-    return share
+        whole = tl.where(high > low, high - low, 1.0)
+    return overlap * (1.0 / whole)

@@ -96,21 +96,18 @@ def pool_backward_op(
     normal_MD: Tensor,
     rstd_M: Tensor,
     is_empty_M: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the tokens, and of LayerNorm's weight and bias. Of the tokens, only shape and strides are read."""
-    pooled_grad_MD, weight_grad_D, bias_grad_D = normalise_backward(
-        feature_grad_MD, normal_MD, rstd_M, is_empty_M, ln_weight_D
-    )
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the tokens, and of LayerNorm's weight and bias as (2, D). The tokens' values are not read."""
+    pooled_grad_MD, parameter_grads_2D = normalise_backward(feature_grad_MD, normal_MD, rstd_M, is_empty_M, ln_weight_D)
     tokens_grad_BND = pool_backward(
         pooled_grad_MD, boxes_M4, sample_index_M, (height, width), first_token, touch, tokens_BND
     )
-    return tokens_grad_BND, weight_grad_D, bias_grad_D
+    return tokens_grad_BND, parameter_grads_2D
 
 
 @pool_backward_op.register_fake
 def _(_grad, tokens_BND, _boxes, _index, _height, _width, _first, _weight, _touch, normal_MD, _rstd, _empty):
-    dim = normal_MD.shape[1]
-    return torch.empty_like(tokens_BND), normal_MD.new_empty(dim), normal_MD.new_empty(dim)
+    return torch.empty_like(tokens_BND), normal_MD.new_empty(2, normal_MD.shape[1])
 
 
 def _keep_pool(ctx, inputs, output):
@@ -126,7 +123,7 @@ def _pool_backward(ctx, feature_grad_MD, *_):
     if feature_grad_MD is None:
         return (None,) * 11
     tokens, boxes, index, weight, normal, rstd, is_empty = ctx.saved_tensors
-    tokens_grad, weight_grad, bias_grad = pool_backward_op(
+    tokens_grad, (weight_grad, bias_grad) = pool_backward_op(
         feature_grad_MD,
         tokens,
         boxes,

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from kernels.tsl import tsl_loss
 from kernels.tsl.triton_op import cosine_op, pool_op, tsl_triton
 
 ON_GPU = torch.cuda.is_available()
+ROOT = Path(__file__).parents[2]
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 
 
@@ -153,10 +155,19 @@ def test_any_one_input_may_be_all_that_wants_a_gradient(wanted):
     torch.testing.assert_close(gradient, expected[wanted], rtol=0, atol=0)
 
 
-def in_a_process(program: str) -> str:
-    """Output of a Python program that does not run in Triton's interpreter."""
+def in_a_process(*arguments: str) -> str:
+    """Output of Python with these arguments, outside of Triton's interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment).stdout
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(("dtype", "capability"), [("bf16", 90), ("fp32", 80)])
+def test_every_kernel_compiles_for_a_gpu_that_is_not_here(dtype, capability):
+    output = in_a_process("-m", "tests.kernels.compile_for_gpu", dtype, str(capability))
+    for kernel in ("pool_normalise", "cosine", "mean_error", "cosine_backward", "normalise_backward", "pool_backward"):
+        assert f"{kernel}_kernel {dtype}" in output
 
 
 CALL = (
@@ -167,14 +178,14 @@ SETUP = "import torch\nfrom kernels.tsl import tsl_loss\none = torch.ones(1, 1, 
 
 def test_triton_for_tokens_on_the_cpu_is_refused_with_the_remedy():
     program = f"{SETUP}try: {CALL.format('triton')}\nexcept ValueError as error: print(error)"
-    assert "needs a GPU, and the tokens are on cpu; use eager, or set TRITON_INTERPRET=1" in in_a_process(program)
+    assert "needs a GPU, and the tokens are on cpu; use eager, or set TRITON_INTERPRET=1" in in_a_process("-c", program)
 
 
 def test_without_triton_installed_auto_runs_eager_and_triton_is_refused():
     hide = "import importlib.util; importlib.util.find_spec = lambda name: None\n"
     program = f"{SETUP.replace('from', hide + 'from')}print({CALL.format('auto')}.count)\n"
     program += f"try: {CALL.format('triton')}\nexcept ValueError as error: print(error)"
-    output = in_a_process(program)
+    output = in_a_process("-c", program)
     assert "tensor(1)" in output
     assert "'triton' is not available; choose one of auto, reference, eager" in output
 
