@@ -101,7 +101,7 @@ def gradients(clip, total: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: torch.zeros(()) if g is None else g for name, g in zip(names, found, strict=True)}
 
 
-@pytest.mark.parametrize("backend", ["reference", "eager"])
+@pytest.mark.parametrize("backend", ["reference", "eager", "triton"])
 def test_loss_and_gradients_equal_an_independent_float64_computation(tiny_clip, backend):
     loaded = load(tiny_clip)
     batch = random_batch(loaded.tokenizer, seed=11)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from goal_ray.config import load_config, to_tree, to_yaml
-from goal_ray.errors import GoalRayError, StageError
+from goal_ray.errors import ConfigError, GoalRayError, StageError
 from goal_ray.model import CONFIG_FILE as MODEL_CONFIG_FILE
 from goal_ray.model import WEIGHTS_FILE
 from goal_ray.order import BatchOrder
@@ -23,6 +23,7 @@ from goal_ray.train.config import TrainConfig
 from goal_ray.train.recorder import METRICS_FILE, ProgressLine, RunRecorder
 from goal_ray.train.scan import QUARANTINE_FILE, describe_bad, scan_shards
 from goal_ray.train.worker import worker_entry
+from kernels.tsl import choose_backend
 
 __all__ = ["CONFIG_FILE", "METRICS_FILE", "QUARANTINE_FILE", "RESULT_FILE", "TrainResult", "train"]
 CONFIG_FILE = "config.yaml"
@@ -76,6 +77,7 @@ def train(config: TrainConfig, resume: bool = False) -> TrainResult:
             total_steps = config.total_steps(order.steps_per_epoch)
             first_step = 0 if resume_from is None else read_step(resume_from)
             use_gpu = choose_gpu(config)
+            check_backend(config, use_gpu)
             line.begin(first_step, total_steps)
             write_run(run_dir, config, {shard_name(url): count for url, count in zip(urls, counts, strict=True)})
             with RunRecorder(run_dir, first_step, line, began) as recorder:
@@ -226,6 +228,14 @@ def choose_gpu(config: TrainConfig) -> bool:
             f"{workers} workers and the ingest need {workers + 1} CPUs, the cluster has {cpus:g}; lower `workers`"
         )
     return use_gpu
+
+
+def check_backend(config: TrainConfig, use_gpu: bool) -> None:
+    """Raises ConfigError for a TSL backend that the workers' devices cannot run."""
+    try:
+        choose_backend(config.loss.tsl_backend, "cuda" if use_gpu else "cpu")
+    except ValueError as error:
+        raise ConfigError(f"loss.tsl_backend: {error}") from None
 
 
 def own_error(error: BaseException, run_dir: Path) -> BaseException:

@@ -16,6 +16,7 @@ import triton
 from kernels.benchmark.cases import DTYPES, SHAPES, Case, necessary_bytes
 from kernels.benchmark.competitors import POOLS, RAGGED, eager_with, loop
 from kernels.benchmark.measure import Loss, copy_bandwidth, relative_errors, time_loss
+from kernels.benchmark.plot import plot
 from kernels.tsl.triton_cells import IS_INTERPRETED
 from kernels.tsl.triton_op import tsl_triton
 
@@ -69,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         time_cases(results, tsl_triton, eager, options)
         print_goals(results["cases"])
-        plot(results, options.out)
+        if importlib.util.find_spec("matplotlib") is not None:
+            print(f"plot: {plot(results, options.out.with_suffix('.png'))}")
         print(f"all numbers: {options.out.with_suffix('.json')}")
     else:
         print("\nno GPU here: timings need one; the kernels were checked in Triton's interpreter")
@@ -178,33 +180,6 @@ def print_goals(rows: list[dict[str, Any]]) -> None:
     print(f"  {100 * row['bandwidth_share']:.0f} % of copy bandwidth (goal 70): {1e6 * ours:.0f} µs measured, ", end="")
     print(f"{1e6 * row['floor_s']:.0f} µs at full copy bandwidth")
     print(f"  {times['triton']['extra_bytes'] / 2**20:.1f} MiB of memory beside inputs and gradients")
-
-
-def plot(results: dict[str, Any], out: Path) -> None:
-    """Time of forward and backward over the batch, per shape, at the most boxes and the first dtype measured."""
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no plot: matplotlib is not installed")
-        return
-    from matplotlib.figure import Figure
-
-    rows = results["cases"]
-    dtype, regions = rows[0]["dtype"], max(row["regions"] for row in rows)
-    chosen = [row for row in rows if (row["dtype"], row["regions"]) == (dtype, regions)]
-    shapes = list(dict.fromkeys(row["shape"] for row in chosen))
-    figure = Figure(figsize=(4 * len(shapes), 4), layout="constrained")
-    for axis, shape in zip(figure.subplots(1, len(shapes), squeeze=False)[0], shapes, strict=True):
-        here = [row for row in chosen if row["shape"] == shape]
-        for name in dict.fromkeys(name for row in here for name in row["times"]):
-            points = [(row["batch"], 1e6 * row["times"][name]["both"]) for row in here if name in row["times"]]
-            axis.loglog(*zip(*points, strict=True), marker="o", label=name)
-        axis.loglog(
-            [row["batch"] for row in here], [1e6 * row["floor_s"] for row in here], "k:", label="copy bandwidth"
-        )
-        axis.set(title=f"{shape}, {regions} boxes, {dtype}", xlabel="samples", ylabel="forward + backward, µs")
-    axis.legend(fontsize="small")
-    figure.suptitle(results["versions"]["device"])
-    figure.savefig(out.with_suffix(".png"), dpi=120)
-    print(f"plot: {out.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

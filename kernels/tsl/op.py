@@ -18,6 +18,7 @@ Backend = Literal["auto", "reference", "eager", "triton"]
 
 BACKENDS: dict[str, Callable[..., TslResult]] = {"reference": tsl_reference, "eager": tsl_eager}
 if importlib.util.find_spec("triton") is not None:  # absent where no GPU can be, as on macOS
+    from kernels.tsl.triton_cells import IS_INTERPRETED
     from kernels.tsl.triton_op import tsl_triton
 
     BACKENDS["triton"] = tsl_triton
@@ -91,11 +92,16 @@ def tsl_loss(
 
 
 def choose_backend(backend: str, device_type: str) -> str:
-    """The name in BACKENDS to run. Raises ValueError where the named one does not exist."""
+    """The implementation that runs on a type of device. Raises ValueError where the one asked for cannot."""
     if backend == "auto":
         return "triton" if device_type == "cuda" and "triton" in BACKENDS else "eager"
     if backend not in BACKENDS:
         raise ValueError(f"TSL backend {backend!r} is not available; choose one of auto, {', '.join(BACKENDS)}")
+    if backend == "triton" and device_type != "cuda" and not IS_INTERPRETED:
+        raise ValueError(
+            f"TSL backend 'triton' needs a GPU, not {device_type}; choose auto or eager, or set TRITON_INTERPRET=1 "
+            "before the start to run the kernels in Triton's slow interpreter"
+        )
     return backend
 
 

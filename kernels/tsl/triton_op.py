@@ -9,7 +9,6 @@ from torch import Tensor
 
 from kernels.tsl.reference import Mode, TslResult, accumulation_dtype, projection_dtype
 from kernels.tsl.triton_backward import cosine_error_backward, normalise_backward, pool_backward
-from kernels.tsl.triton_cells import IS_INTERPRETED
 from kernels.tsl.triton_forward import cosine_error, pool_normalise
 
 
@@ -26,12 +25,7 @@ def tsl_triton(
     eps: float,
     first_token: int,
 ) -> TslResult:
-    """Arguments as in `tsl_loss`, which has checked them. Raises ValueError on the CPU, but under the interpreter."""
-    if tokens_BND.device.type != "cuda" and not IS_INTERPRETED:
-        raise ValueError(
-            f"TSL backend 'triton' needs a GPU, and the tokens are on {tokens_BND.device}; use eager, or set "
-            "TRITON_INTERPRET=1 before the start to run the kernels in Triton's slow interpreter"
-        )
+    """Arguments as in `tsl_loss`, which has checked them."""
     boxes_M4 = boxes_M4.to(torch.promote_types(boxes_M4.dtype, torch.float32))
     dtype = projection_dtype(tokens_BND) if proj_DE is not None else accumulation_dtype(tokens_BND)
     feature_MD, _, _, is_empty_M = pool_op(

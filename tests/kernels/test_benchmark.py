@@ -10,6 +10,7 @@ from kernels.benchmark import __main__ as benchmark
 from kernels.benchmark.cases import DTYPES, SHAPES, Case, necessary_bytes
 from kernels.benchmark.competitors import POOLS, RAGGED, eager_with, loop
 from kernels.benchmark.measure import relative_errors
+from kernels.benchmark.plot import plot
 from kernels.tsl.reference import tsl_reference
 
 ON_GPU = torch.cuda.is_available()
@@ -110,5 +111,5 @@ def test_the_goals_are_told_from_the_case_they_are_set_for(capsys):
 
 
 def test_the_plot_is_a_picture(tmp_path):
-    benchmark.plot({"versions": {"device": "none"}, "cases": [measured(16), measured(64)]}, tmp_path / "tsl")
-    assert (tmp_path / "tsl.png").read_bytes().startswith(b"\x89PNG")
+    path = plot({"versions": {"device": "none"}, "cases": [measured(16), measured(64)]}, tmp_path / "tsl.png")
+    assert path.read_bytes().startswith(b"\x89PNG")

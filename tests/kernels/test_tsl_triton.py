@@ -178,7 +178,7 @@ SETUP = "import torch\nfrom kernels.tsl import tsl_loss\none = torch.ones(1, 1, 
 
 def test_triton_for_tokens_on_the_cpu_is_refused_with_the_remedy():
     program = f"{SETUP}try: {CALL.format('triton')}\nexcept ValueError as error: print(error)"
-    assert "needs a GPU, and the tokens are on cpu; use eager, or set TRITON_INTERPRET=1" in in_a_process("-c", program)
+    assert "needs a GPU, not cpu; choose auto or eager, or set TRITON_INTERPRET=1" in in_a_process("-c", program)
 
 
 def test_without_triton_installed_auto_runs_eager_and_triton_is_refused():

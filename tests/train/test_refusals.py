@@ -13,7 +13,7 @@ from goal_ray.errors import ConfigError, GoalRayError, ShardError, StageError
 from goal_ray.losses import LossConfig
 from goal_ray.model import ModelConfig
 from goal_ray.train.config import DataConfig, TrainConfig
-from goal_ray.train.run import train
+from goal_ray.train.run import check_backend, train
 
 
 @pytest.fixture
@@ -126,6 +126,15 @@ def test_what_the_data_or_the_cluster_cannot_carry_is_refused(config, tmp_path, 
     with pytest.raises(StageError, match=message):
         train(replace(config, **changes))
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_tsl_backend_that_the_workers_cannot_run_is_refused_before_any_work(config, monkeypatch):
+    monkeypatch.setattr("kernels.tsl.op.IS_INTERPRETED", False)
+    wanted = replace(config, loss=LossConfig(tsl_backend="triton"))
+    with pytest.raises(ConfigError, match=r"loss\.tsl_backend: .*needs a GPU, not cpu; choose auto or eager"):
+        check_backend(wanted, use_gpu=False)
+    check_backend(wanted, use_gpu=True)
+    check_backend(config, use_gpu=False)
 
 
 @pytest.mark.usefixtures("cluster")
