@@ -1,38 +1,29 @@
 """SAM's automatic mask generation (Kirillov et al. 2023), reduced to what regions need: boxes, areas and scores.
 
 A grid of points prompts the official model; its masks are filtered by predicted IoU and stability and thinned by
-non-maximum suppression, as `segment_anything.SamAutomaticMaskGenerator` does. But everything is read off the decoder's
-own masks (256 × 256), which are never enlarged to the image: an edge is exact to one cell, 1/256 of the longer side.
+non-maximum suppression, as `segment_anything.SamAutomaticMaskGenerator` does with the same settings. But the decoder is
+`sam_decoder`'s, images are encoded in batches, and all is read off the decoder's own masks (256 × 256), which are never
+enlarged to the image: an edge is where the logits, interpolated between cells, cross the threshold.
 """
 
-import hashlib
-import os
-import pickle
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 from torchvision.ops import nms
 
 from goal_ray.config import strict
-from goal_ray.errors import ModelError
 from goal_ray.regions.protocol import RegionProposer, Regions
+from goal_ray.regions.sam_decoder import decode_points
+from goal_ray.regions.sam_weights import OFFICIAL, check_sum, find_checkpoint, load_sam
 
-WEIGHTS_FOLDER = "GOAL_RAY_WEIGHTS"
-DOWNLOADS = "https://dl.fbaipublicfiles.com/segment_anything"
-# sha256 of the official checkpoints.
-OFFICIAL = {
-    "sam_vit_b_01ec64.pth": "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
-    "sam_vit_l_0b3195.pth": "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
-    "sam_vit_h_4b8939.pth": "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
-}
-MAX_IOU = 0.7  # of two masks' boxes; the official generator's default
-STABILITY_OFFSET = 1.0  # of the mask threshold, in logits; the official generator's default
+CROP_EDGE_PX = 20.0  # a mask so near the edge of a crop is thought cut off; the official generator's tolerance
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @strict
@@ -45,22 +36,42 @@ class SamConfig:
     sha256: refuse a checkpoint with another checksum; official file names are checked anyway
     points_per_side: prompts are points on a square grid of this side
     points_per_batch: points per pass of the mask decoder; only speed and memory depend on it
+    images_per_batch: pictures per pass of the image encoder; only speed and memory depend on it
     pred_iou_thresh: leave out masks that the model itself rates lower
     stability_score_thresh: leave out masks that change more when the mask threshold does
+    stability_score_offset: how much the threshold is changed for that, in logits
+    box_nms_thresh: of two masks whose boxes overlap more, the one that the model rates higher stays
+    crop_n_layers: layer i also looks at 4^i overlapping crops of the picture, for smaller things
+    crop_nms_thresh: box_nms_thresh between crops; masks from smaller crops stay
+    crop_overlap_ratio: how much crops overlap, as a share of the picture
+    crop_n_points_downscale_factor: layer i has points_per_side divided by the i-th power of this
+    precision: of the encoder and the decoder
     """
 
     name: Literal["sam"] = "sam"
     checkpoint: Path
     sha256: str | None = None
     points_per_side: int = 32
-    points_per_batch: int = 128
+    points_per_batch: int = 64
+    images_per_batch: int = 4
     pred_iou_thresh: float = 0.88
     stability_score_thresh: float = 0.95
+    stability_score_offset: float = 1.0
+    box_nms_thresh: float = 0.7
+    crop_n_layers: int = 0
+    crop_nms_thresh: float = 0.7
+    crop_overlap_ratio: float = 512 / 1500
+    crop_n_points_downscale_factor: int = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
 
     def __post_init__(self) -> None:
-        for name in ("points_per_side", "points_per_batch"):
+        for name in ("points_per_side", "points_per_batch", "images_per_batch", "crop_n_points_downscale_factor"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
+        if not 0 <= self.crop_n_layers <= 4:
+            raise ValueError("crop_n_layers must be between 0 and 4")
+        if self.points_per_side < self.crop_n_points_downscale_factor**self.crop_n_layers:
+            raise ValueError("crop_n_points_downscale_factor leaves the last layer of crops without a point")
 
     def check(self) -> None:
         """Raises ModelError for a missing checkpoint."""
@@ -73,161 +84,195 @@ class SamConfig:
         return SamProposer(load_sam(path).to(device), self)
 
 
+@dataclass(frozen=True)
+class View:
+    """What the model looks at: image number `image`, or a crop of it.
+
+    box_px    x0, y0, x1, y1 of the crop in the image
+    layer     of crops; 0 is the whole image
+    image_px  (W, H) of the image
+    """
+
+    image: int
+    pixels_HW3: np.ndarray
+    box_px: tuple[int, int, int, int]
+    layer: int
+    image_px: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Masks on one view: boxes (R, 4) and areas (R,) in pixels of the image, predicted IoUs (R,); on the device."""
+
+    view: View
+    boxes_R4: Tensor
+    scores_R: Tensor
+    areas_R: Tensor
+
+
 class SamProposer:
     """Regions of a loaded `segment_anything` Sam, on the device where the model is; scores are predicted IoUs."""
 
     def __init__(self, sam: Any, config: SamConfig):
-        from segment_anything import SamPredictor
-        from segment_anything.utils.amg import build_point_grid
+        from segment_anything.utils.amg import build_all_layer_point_grids
+        from segment_anything.utils.transforms import ResizeLongestSide
 
         self.sam = sam
         self.config = config
-        self.predictor = SamPredictor(sam)
-        self.unit_points_P2 = build_point_grid(config.points_per_side)
+        self.dtype = DTYPES[config.precision]
+        sam.image_encoder.to(self.dtype)
+        sam.mask_decoder.to(self.dtype)
+        self.transform = ResizeLongestSide(sam.image_encoder.img_size)
+        self.unit_points = build_all_layer_point_grids(
+            config.points_per_side, config.crop_n_layers, config.crop_n_points_downscale_factor
+        )
 
     @torch.inference_mode()
     def propose(self, images: Sequence[np.ndarray]) -> list[Regions]:
-        """The regions of each image, one image at a time."""
-        return [self.segment(image) for image in images]
+        """The regions of each image; images and points go through the model in batches."""
+        layers: dict[int, list[View]] = defaultdict(list)
+        for number, image_HW3 in enumerate(images):
+            for view in self.views(number, image_HW3):
+                layers[view.layer].append(view)
+        found: dict[int, list[Found]] = defaultdict(list)
+        for views in layers.values():
+            for start in range(0, len(views), self.config.images_per_batch):
+                for each in self.segment(views[start : start + self.config.images_per_batch]):
+                    found[each.view.image].append(each)
+        return [self.merge(found[number]) for number in range(len(images))]
 
-    def segment(self, image_HW3: np.ndarray) -> Regions:
-        """The regions of one image."""
-        height, width = image_HW3.shape[:2]
-        self.predictor.set_image(image_HW3)
-        # The model sees the image resized to input_size in the corner of a padded square.
-        input_height, input_width = self.predictor.input_size
-        points_P2 = torch.as_tensor(self.unit_points_P2 * [input_width, input_height], dtype=torch.float32)
-        batches = points_P2.to(self.sam.device).split(self.config.points_per_batch)
-        boxes, areas, scores = (torch.cat(parts) for parts in zip(*map(self.decode, batches), strict=True))
-        kept = nms(boxes, scores, MAX_IOU)
-        scale = np.array([width / input_width, height / input_height], np.float32)
-        boxes_R4 = boxes[kept].cpu().numpy() * np.tile(scale, 2)
-        # The last cell may reach into the padding.
-        boxes_R4 = np.minimum(boxes_R4, np.array([width, height, width, height], np.float32))
-        return Regions(boxes_R4, scores[kept].cpu().numpy(), areas[kept].cpu().numpy() * scale.prod(), "sam")
+    def views(self, number: int, image_HW3: np.ndarray) -> Iterator[View]:
+        """The image and its crops."""
+        from segment_anything.utils.amg import generate_crop_boxes
 
-    def decode(self, points_P2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Boxes (Q, 4), areas (Q,) and predicted IoUs (Q,) of the good masks at some points.
-
-        Points, boxes and areas count pixels of the model's input.
-        """
-        from segment_anything.utils.amg import batched_mask_to_box, calculate_stability_score
-
-        sam = self.sam
-        ones = torch.ones(len(points_P2), 1, dtype=torch.int, device=points_P2.device)
-        sparse, dense = sam.prompt_encoder(points=(points_P2[:, None], ones), boxes=None, masks=None)
-        logits, scores = sam.mask_decoder(
-            image_embeddings=self.predictor.features,
-            image_pe=sam.prompt_encoder.get_dense_pe(),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            multimask_output=True,
+        boxes, layers = generate_crop_boxes(
+            image_HW3.shape[:2], self.config.crop_n_layers, self.config.crop_overlap_ratio
         )
-        cell_px = sam.image_encoder.img_size // logits.shape[-1]
-        rows, columns = (-(-side // cell_px) for side in self.predictor.input_size)
-        logits, scores = logits.flatten(0, 1)[:, :rows, :columns], scores.flatten()
-        good = scores > self.config.pred_iou_thresh
-        logits, scores = logits[good], scores[good]
-        stability = calculate_stability_score(logits, sam.mask_threshold, STABILITY_OFFSET)
-        masks = logits > sam.mask_threshold
-        areas = masks.flatten(1).sum(1)
-        good = (stability >= self.config.stability_score_thresh) & (areas > 0)
-        boxes = batched_mask_to_box(masks[good]).float()
-        boxes[:, 2:] += 1  # its x1 and y1 are the last row and column inside
-        return boxes * cell_px, areas[good].float() * cell_px**2, scores[good]
+        for (x0, y0, x1, y1), layer in zip(boxes, layers, strict=True):
+            yield View(number, image_HW3[y0:y1, x0:x1], (x0, y0, x1, y1), layer, image_HW3.shape[1::-1])
+
+    def segment(self, views: Sequence[View]) -> list[Found]:
+        """The masks on views of one layer, thinned within each view."""
+        sam, config = self.sam, self.config
+        resized = [self.transform.apply_image(view.pixels_HW3) for view in views]
+        sizes = [image.shape[:2] for image in resized]
+        # apply_image may give back the caller's array, which torch will not take where it is read-only.
+        pixels = [torch.from_numpy(np.array(image)).permute(2, 0, 1).to(sam.device) for image in resized]
+        features_ICHW = sam.image_encoder(torch.stack([sam.preprocess(each) for each in pixels]).to(self.dtype))
+        step_px = sam.image_encoder.img_size // features_ICHW.shape[-1]
+        valid = tuple(-(-max(sides) // step_px) for sides in zip(*sizes, strict=True))
+        unit_P2 = torch.as_tensor(self.unit_points[views[0].layer], dtype=torch.float32, device=sam.device)
+        scale_I12 = torch.tensor([[size[::-1]] for size in sizes], dtype=torch.float32, device=sam.device)
+        parts: list[list[tuple[Tensor, ...]]] = [[] for _ in views]
+        # As many images a pass as give points_per_batch points.
+        together = max(1, config.points_per_batch // len(unit_P2))
+        for start in range(0, len(views), together):
+            some = slice(start, start + together)
+            for points_P2 in unit_P2.split(config.points_per_batch):
+                logits_MHW, scores_M, image_M = decode_points(
+                    sam, features_ICHW[some], points_P2 * scale_I12[some], valid, config.pred_iou_thresh
+                )
+                for number, size in enumerate(sizes[some]):
+                    mine = image_M == number
+                    parts[start + number].append(self.measure(logits_MHW[mine], scores_M[mine], size))
+        return [
+            self.thin(view, size, *(torch.cat(each) for each in zip(*part, strict=True)))
+            for view, part, size in zip(views, parts, sizes, strict=True)
+        ]
+
+    def measure(self, logits_MHW: Tensor, scores_M: Tensor, size_px: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes (R, 4), areas (R,) and scores (R,) of the stable masks, in pixels of the model's input.
+
+        size_px  (H, W) of the picture within the model's input; the rest is padding
+        """
+        cell_px = self.sam.image_encoder.img_size // (4 * self.sam.prompt_encoder.image_embedding_size[0])
+        rows, columns = (-(-side // cell_px) for side in size_px)
+        logits_MHW = logits_MHW - self.sam.mask_threshold
+        shown_MHW = logits_MHW[:, :rows, :columns]
+        inside_MHW = logits_MHW > 0
+        inside_MHW[:, rows:] = False
+        inside_MHW[:, :, columns:] = False
+        strict_M, loose_M = (area_above(shown_MHW, sign * self.config.stability_score_offset) for sign in (1, -1))
+        good_M = inside_MHW.flatten(1).any(1) & (strict_M >= self.config.stability_score_thresh * loose_M)
+        area_R = area_above(shown_MHW[good_M], 0.0) * cell_px**2
+        boxes_R4 = mask_boxes(logits_MHW[good_M], inside_MHW[good_M]) * cell_px
+        height, width = size_px
+        boxes_R4 = torch.minimum(boxes_R4, boxes_R4.new_tensor([width, height, width, height]))
+        return boxes_R4, area_R, scores_M[good_M]
+
+    def thin(self, view: View, size_px: tuple[int, int], boxes_R4: Tensor, areas_R: Tensor, scores_R: Tensor) -> Found:
+        """The masks that their crop does not cut off and that are no duplicates, now in pixels of the image.
+
+        size_px  (H, W) of the view within the model's input
+        """
+        crop_4, image_4 = boxes_R4.new_tensor(view.box_px), boxes_R4.new_tensor([0, 0, *view.image_px])
+        corner_2, end_2 = crop_4.split(2)
+        scale_2 = (end_2 - corner_2) / boxes_R4.new_tensor(size_px[::-1])
+        boxes_R4 = boxes_R4 * scale_2.repeat(2) + corner_2.repeat(2)
+        at_crop = (boxes_R4 - crop_4).abs() <= CROP_EDGE_PX
+        at_image = (boxes_R4 - image_4).abs() <= CROP_EDGE_PX
+        whole = ~(at_crop & ~at_image).any(1)
+        boxes_R4, scores_R, areas_R = boxes_R4[whole], scores_R[whole], areas_R[whole] * scale_2.prod()
+        kept = nms(boxes_R4, scores_R, self.config.box_nms_thresh)
+        return Found(view, boxes_R4[kept], scores_R[kept], areas_R[kept])
+
+    def merge(self, found: Sequence[Found]) -> Regions:
+        """One image's regions: of two crops' masks that overlap much, the one from the smaller crop stays."""
+        boxes_R4, scores_R, areas_R = (
+            torch.cat([getattr(each, name) for each in found]) for name in ("boxes_R4", "scores_R", "areas_R")
+        )
+        if len(found) > 1:
+            smallness_R = [torch.full_like(each.scores_R, 1 / each.view.pixels_HW3[..., 0].size) for each in found]
+            kept = nms(boxes_R4, torch.cat(smallness_R), self.config.crop_nms_thresh)
+            boxes_R4, scores_R, areas_R = boxes_R4[kept], scores_R[kept], areas_R[kept]
+        return Regions(boxes_R4.cpu().numpy(), scores_R.cpu().numpy(), areas_R.cpu().numpy(), "sam")
 
 
-def find_checkpoint(checkpoint: Path) -> Path:
-    """The file itself, or the one of that name in GOAL_RAY_WEIGHTS. Raises ModelError where neither is there."""
-    folder = os.environ.get(WEIGHTS_FOLDER)
-    places = [checkpoint] if folder is None else [checkpoint, Path(folder) / checkpoint]
-    for place in places:
-        if place.is_file():
-            return place
-    urls = ", ".join(f"{DOWNLOADS}/{name}" for name in OFFICIAL)
-    raise ModelError(
-        f"no SAM checkpoint at {' or '.join(map(str, places))}; download one of {urls} and set checkpoint to its path, "
-        f"or put it into a folder that the environment variable {WEIGHTS_FOLDER} names"
-    )
+def area_above(logits_MHW: Tensor, threshold: float) -> Tensor:
+    """Cells of each mask, (M,), where the logits exceed the threshold: fractions where they cross it between cells.
 
-
-def check_sum(path: Path, sha256: str | None) -> None:
-    """Raises ModelError where a checksum is wanted and the file has another."""
-    if sha256 is None:
-        return
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256.lower():
-        raise ModelError(f"{path}: sha256 is {found}, not {sha256.lower()}; download it again")
-
-
-def load_sam(path: Path) -> Any:
-    """The Sam that a checkpoint (.pth, or .safetensors) holds, in eval mode, on the CPU; executes no code from it.
-
-    Raises ModelError where the file is damaged or no SAM.
+    A line from logit a to logit b is above 0 on the share (relu(a) + relu(b)) / (|a| + |b|) of its length. The mean of
+    what the rows of cells give and what the columns give; the outer half cells are as their cell is.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    above_MHW = logits_MHW - threshold
+    size_MHW = above_MHW.abs()
 
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        sam = empty_sam({name: tuple(tensor.shape) for name, tensor in state.items()})
-        sam.load_state_dict(state)
-    except (pickle.UnpicklingError, SafetensorError, EOFError, OSError) as error:
-        reason = textwrap.shorten(str(error), 200)  # torch explains at length
-        raise ModelError(f"{path}: damaged, or not a weights file: {reason}; download it again") from error
-    except (AttributeError, KeyError, IndexError, RuntimeError) as error:
-        raise ModelError(f"{path}: not a SAM checkpoint: {error}; one of {', '.join(OFFICIAL)} is") from error
-    return sam.eval()
+    def along(dim: int) -> Tensor:
+        count = above_MHW.shape[dim] - 1
+        pair = above_MHW.narrow(dim, 0, count) + above_MHW.narrow(dim, 1, count)
+        size = size_MHW.narrow(dim, 0, count) + size_MHW.narrow(dim, 1, count)
+        inner_M = (0.5 + 0.5 * pair / size.clamp(min=1e-12)).flatten(1).sum(1)
+        ends = [(above_MHW.select(dim, end) > 0).sum(1) for end in (0, -1)]
+        return inner_M + 0.5 * (ends[0] + ends[1])
+
+    return 0.5 * (along(1) + along(2))
 
 
-def empty_sam(shapes: Mapping[str, tuple[int, ...]]) -> Any:
-    """A Sam whose weights have these shapes; raises KeyError where one is missing that tells the architecture.
+def mask_boxes(logits_MHW: Tensor, inside_MHW: Tensor) -> Tensor:
+    """(x0, y0, x1, y1) of each mask in cells, (M, 4): where the logits, interpolated, cross 0.
 
-    Width, depth, heads, windows and image size are read from the image encoder's shapes; what all official SAMs share
-    (`segment_anything.build_sam`) is written out.
+    inside_MHW  the cells that belong to the mask, at least one each; all others count as outside
+
+    Between cells the logits are bilinear: linear along a line of cells, on one of which an extreme of the mask lies.
     """
-    from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+    height, width = logits_MHW.shape[1:]
+    across, down = (logits_MHW, inside_MHW), (logits_MHW.transpose(1, 2), inside_MHW.transpose(1, 2))
+    x1, y1 = far_edge(*across), far_edge(*down)
+    x0 = width - far_edge(*(each.flip(2) for each in across))
+    y0 = height - far_edge(*(each.flip(2) for each in down))
+    return torch.stack([x0, y0, x1, y1], dim=1)
 
-    patch_px = shapes["image_encoder.patch_embed.proj.weight"][-1]
-    _, grid, _, width = shapes["image_encoder.pos_embed"]
-    embedding = shapes["image_encoder.neck.0.weight"][0]
-    # Relative positions, (2 * side - 1, head width): side is the whole grid in blocks of global attention.
-    depth = sum(name.endswith("attn.rel_pos_h") for name in shapes)
-    positions = [shapes[f"image_encoder.blocks.{block}.attn.rel_pos_h"] for block in range(depth)]
-    sides = [(length + 1) // 2 for length, _ in positions]
-    image_px = grid * patch_px
-    return Sam(
-        image_encoder=ImageEncoderViT(
-            depth=depth,
-            embed_dim=width,
-            img_size=image_px,
-            mlp_ratio=4,
-            norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
-            num_heads=width // positions[0][1],
-            patch_size=patch_px,
-            qkv_bias=True,
-            use_rel_pos=True,
-            global_attn_indexes=tuple(block for block, side in enumerate(sides) if side == grid),
-            window_size=min(sides),
-            out_chans=embedding,
-        ),
-        prompt_encoder=PromptEncoder(
-            embed_dim=embedding,
-            image_embedding_size=(grid, grid),
-            input_image_size=(image_px, image_px),
-            mask_in_chans=16,
-        ),
-        mask_decoder=MaskDecoder(
-            num_multimask_outputs=3,
-            transformer=TwoWayTransformer(depth=2, embedding_dim=embedding, mlp_dim=2048, num_heads=8),
-            transformer_dim=embedding,
-            iou_head_depth=3,
-            iou_head_hidden_dim=256,
-        ),
-        pixel_mean=[123.675, 116.28, 103.53],
-        pixel_std=[58.395, 57.12, 57.375],
-    )
+
+def far_edge(logits_MHW: Tensor, inside_MHW: Tensor) -> Tensor:
+    """The largest x of each mask, in cells, (M,)."""
+    width = logits_MHW.shape[2]
+    last_M = width - 1 - inside_MHW.any(1).flip(1).int().argmax(1)
+
+    def column(of_MHW: Tensor, number_M: Tensor) -> Tensor:
+        return of_MHW.gather(2, number_M[:, None, None].expand(-1, of_MHW.shape[1], 1)).squeeze(2)
+
+    here_MH, next_MH = column(logits_MHW, last_M), column(logits_MHW, (last_M + 1).clamp(max=width - 1))
+    # Beyond the last cell of all, or of the picture, nothing is known: the mask reaches the end of its cell.
+    crossing_MH = torch.where(next_MH < 0, here_MH / (here_MH - next_MH), 0.5)
+    beyond_M = torch.where(column(inside_MHW, last_M), crossing_MH, 0.0).amax(1)
+    return last_M + 0.5 + beyond_M

@@ -14,7 +14,7 @@ from tiny_sam import IMAGE_PX, tiny_sam
 from goal_ray.config import build_config
 from goal_ray.errors import ConfigError, ModelError
 from goal_ray.regions import SamConfig, usable
-from goal_ray.regions.sam import empty_sam, load_sam
+from goal_ray.regions.sam_weights import empty_sam, load_sam
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +76,12 @@ def outline_px(mask):
     return sum(int(np.diff(padded, axis=axis).sum()) for axis in (0, 1))
 
 
-def test_regions_agree_with_the_official_generator_to_one_mask_cell(sam, checkpoint, image, monkeypatch):
-    monkeypatch.setattr("goal_ray.regions.sam.MAX_IOU", 1.0)  # no thinning, so that both give every mask
+def test_regions_agree_with_the_official_generator_to_one_mask_cell(sam, checkpoint, image):
     official = SamAutomaticMaskGenerator(
         sam, points_per_side=6, pred_iou_thresh=-1e9, stability_score_thresh=0.0, box_nms_thresh=1.0
     ).generate(image)
     masks = {mask["predicted_iou"]: mask["segmentation"] for mask in official if mask["area"]}
-    (regions,) = everything(checkpoint, points_per_side=6).build().propose([image])
+    (regions,) = everything(checkpoint, points_per_side=6, box_nms_thresh=1.0).build().propose([image])
     assert len(regions.scores) >= 0.9 * len(masks) > 30
     cell_px = 4 * 90 / IMAGE_PX
     for box, score, area in zip(regions.boxes_px, regions.scores.tolist(), regions.areas_px, strict=True):

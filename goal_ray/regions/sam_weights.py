@@ -1,0 +1,181 @@
+"""SAM's weights: finding, checking and loading a checkpoint, without executing anything from it."""
+
+import hashlib
+import os
+import pickle
+import re
+import textwrap
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from goal_ray.errors import ModelError
+
+TIMM = "image_encoder."
+TINY_VIT = f"{TIMM}patch_embed.seq."
+WEIGHTS_FOLDER = "GOAL_RAY_WEIGHTS"
+DOWNLOADS = "https://dl.fbaipublicfiles.com/segment_anything"
+# sha256 of the official checkpoints.
+OFFICIAL = {
+    "sam_vit_b_01ec64.pth": "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
+    "sam_vit_l_0b3195.pth": "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
+    "sam_vit_h_4b8939.pth": "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
+}
+
+
+def find_checkpoint(checkpoint: Path) -> Path:
+    """The file itself, or the one of that name in GOAL_RAY_WEIGHTS. Raises ModelError where neither is there."""
+    folder = os.environ.get(WEIGHTS_FOLDER)
+    places = [checkpoint] if folder is None else [checkpoint, Path(folder) / checkpoint]
+    for place in places:
+        if place.is_file():
+            return place
+    urls = ", ".join(f"{DOWNLOADS}/{name}" for name in OFFICIAL)
+    raise ModelError(
+        f"no SAM checkpoint at {' or '.join(map(str, places))}; download one of {urls} and set checkpoint to its path, "
+        f"or put it into a folder that the environment variable {WEIGHTS_FOLDER} names"
+    )
+
+
+def check_sum(path: Path, sha256: str | None) -> None:
+    """Raises ModelError where a checksum is wanted and the file has another."""
+    if sha256 is None:
+        return
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256.lower():
+        raise ModelError(f"{path}: sha256 is {found}, not {sha256.lower()}; download it again")
+
+
+def load_sam(path: Path) -> Any:
+    """The Sam that a checkpoint (.pth, or .safetensors) holds, in eval mode, on the CPU; executes no code from it.
+
+    Raises ModelError where the file is damaged or no SAM.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        if any(name.startswith(TINY_VIT) for name in state):
+            state = as_timm(state)
+        sam = empty_sam({name: tuple(tensor.shape) for name, tensor in state.items()})
+        sam.load_state_dict(state)
+    except (pickle.UnpicklingError, SafetensorError, EOFError, OSError) as error:
+        reason = textwrap.shorten(str(error), 200)  # torch explains at length
+        raise ModelError(f"{path}: damaged, or not a weights file: {reason}; download it again") from error
+    except (AttributeError, KeyError, IndexError, RuntimeError) as error:
+        raise ModelError(f"{path}: not a SAM checkpoint: {error}; one of {', '.join(OFFICIAL)} is") from error
+    return sam.float().eval()
+
+
+def empty_sam(shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    """A Sam whose weights have these shapes; raises KeyError where one is missing that tells the architecture.
+
+    What all official SAMs share (`segment_anything.build_sam`) is written out.
+    """
+    from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+
+    encoder = MobileEncoder() if f"{TIMM}body.patch_embed.conv1.conv.weight" in shapes else empty_vit(shapes)
+    embedding = shapes["mask_decoder.iou_token.weight"][1]
+    grid = encoder.img_size // encoder.patch_px
+    return Sam(
+        image_encoder=encoder,
+        prompt_encoder=PromptEncoder(
+            embed_dim=embedding,
+            image_embedding_size=(grid, grid),
+            input_image_size=(encoder.img_size, encoder.img_size),
+            mask_in_chans=16,
+        ),
+        mask_decoder=MaskDecoder(
+            num_multimask_outputs=3,
+            transformer=TwoWayTransformer(depth=2, embedding_dim=embedding, mlp_dim=2048, num_heads=8),
+            transformer_dim=embedding,
+            iou_head_depth=3,
+            iou_head_hidden_dim=256,
+        ),
+        pixel_mean=[123.675, 116.28, 103.53],
+        pixel_std=[58.395, 57.12, 57.375],
+    )
+
+
+def empty_vit(shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    """An image encoder; width, depth, heads, windows and image size are read from its weights' shapes."""
+    from segment_anything.modeling import ImageEncoderViT
+
+    patch_px = shapes["image_encoder.patch_embed.proj.weight"][-1]
+    _, grid, _, width = shapes["image_encoder.pos_embed"]
+    # Relative positions, (2 * side - 1, head width): side is the whole grid in blocks of global attention.
+    depth = sum(name.endswith("attn.rel_pos_h") for name in shapes)
+    positions = [shapes[f"image_encoder.blocks.{block}.attn.rel_pos_h"] for block in range(depth)]
+    sides = [(length + 1) // 2 for length, _ in positions]
+    encoder = ImageEncoderViT(
+        depth=depth,
+        embed_dim=width,
+        img_size=grid * patch_px,
+        mlp_ratio=4,
+        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
+        num_heads=width // positions[0][1],
+        patch_size=patch_px,
+        qkv_bias=True,
+        use_rel_pos=True,
+        global_attn_indexes=tuple(block for block, side in enumerate(sides) if side == grid),
+        window_size=min(sides),
+        out_chans=shapes["image_encoder.neck.0.weight"][0],
+    )
+    encoder.patch_px = patch_px
+    return encoder
+
+
+class MobileEncoder(nn.Module):
+    """MobileSAM's image encoder: timm's TinyViT of 5 M parameters, whose last stage does not shrink, and SAM's neck.
+
+    Source: Faster Segment Anything (arXiv 2306.14289).
+    """
+
+    img_size, patch_px = 1024, 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        from segment_anything.modeling.common import LayerNorm2d
+        from timm.models.tiny_vit import TinyVit
+
+        body: Any = TinyVit(num_classes=0, embed_dims=(64, 128, 160, 320), num_heads=(2, 4, 5, 10), drop_path_rate=0.0)
+        body.head = nn.Identity()
+        body.stages[3].downsample.conv2.conv.stride = (1, 1)
+        self.body = body
+        self.neck = nn.Sequential(
+            nn.Conv2d(320, 256, 1, bias=False),
+            LayerNorm2d(256),
+            nn.Conv2d(256, 256, 3, padding=1, bias=False),
+            LayerNorm2d(256),
+        )
+
+    def forward(self, pixels_I3SS: Tensor) -> Tensor:
+        """Features (I, 256, 64, 64) of normalised, padded pictures."""
+        return self.neck(self.body.stages(self.body.patch_embed(pixels_I3SS)))
+
+
+def as_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """MobileSAM's weights under the names that MobileEncoder gives them; its unused classifier is left out."""
+    named = {}
+    for name, tensor in state.items():
+        if re.match(rf"{re.escape(TIMM)}(norm_head|head)\.|.*attention_bias_idxs$", name):
+            continue
+        if name.startswith(TIMM) and ".neck." not in name:
+            name = name.replace(TIMM, f"{TIMM}body.").replace(".c.weight", ".conv.weight")
+            name = name.replace("patch_embed.seq.0.", "patch_embed.conv1.").replace(
+                "patch_embed.seq.2.", "patch_embed.conv2."
+            )
+            # timm shrinks where a stage begins, MobileSAM where the one before ends.
+            name = re.sub(r"layers\.(\d)\.downsample", lambda found: f"stages.{int(found[1]) + 1}.downsample", name)
+            name = name.replace("layers.", "stages.")
+        named[name] = tensor
+    return named
