@@ -2,8 +2,8 @@
 
 A grid of points prompts the official model; its masks are filtered by predicted IoU and stability and thinned by
 non-maximum suppression, as `segment_anything.SamAutomaticMaskGenerator` does with the same settings. But the decoder is
-`sam_decoder`'s, images are encoded in batches, and all is read off the decoder's own masks (256 × 256), which are never
-enlarged to the image: an edge is where the logits, interpolated between cells, cross the threshold.
+`sam_decoder`'s, images are encoded in batches, and boxes and areas are read off the decoder's own masks (256 × 256), by
+`mask_geometry`; only masks whose stability is in doubt are enlarged to the image.
 """
 
 from collections import defaultdict
@@ -14,15 +14,20 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import nms
 
 from goal_ray.config import strict
+from goal_ray.regions.mask_geometry import area_above, mask_boxes, pixels_near, sample_at
 from goal_ray.regions.protocol import RegionProposer, Regions
 from goal_ray.regions.sam_decoder import decode_points
 from goal_ray.regions.sam_weights import OFFICIAL, check_sum, find_checkpoint, load_sam
 
 CROP_EDGE_PX = 20.0  # a mask so near the edge of a crop is thought cut off; the official generator's tolerance
+# How far a stability read off the decoder's mask was seen to be from the official one, for large masks, and times the
+# number of cells for small ones.
+STABILITY_ERROR, SMALL_MASK_ERROR = 0.01, 5.0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -35,7 +40,8 @@ class SamConfig:
     checkpoint: weights file, or its name in the folder GOAL_RAY_WEIGHTS; tells by itself which SAM it is (b, l or h)
     sha256: refuse a checkpoint with another checksum; official file names are checked anyway
     points_per_side: prompts are points on a square grid of this side
-    points_per_batch: points per pass of the mask decoder; only speed and memory depend on it
+    points_per_batch: points per pass of the mask decoder; only speed and memory depend on it. Empty: 64 on a GPU, and
+        16 on a CPU, whose caches hold no more
     images_per_batch: pictures per pass of the image encoder; only speed and memory depend on it
     pred_iou_thresh: leave out masks that the model itself rates lower
     stability_score_thresh: leave out masks that change more when the mask threshold does
@@ -52,7 +58,7 @@ class SamConfig:
     checkpoint: Path
     sha256: str | None = None
     points_per_side: int = 32
-    points_per_batch: int = 64
+    points_per_batch: int | None = None
     images_per_batch: int = 4
     pred_iou_thresh: float = 0.88
     stability_score_thresh: float = 0.95
@@ -66,7 +72,8 @@ class SamConfig:
 
     def __post_init__(self) -> None:
         for name in ("points_per_side", "points_per_batch", "images_per_batch", "crop_n_points_downscale_factor"):
-            if getattr(self, name) < 1:
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1")
         if not 0 <= self.crop_n_layers <= 4:
             raise ValueError("crop_n_layers must be between 0 and 4")
@@ -120,7 +127,8 @@ class SamProposer:
         self.sam = sam
         self.config = config
         self.dtype = DTYPES[config.precision]
-        sam.image_encoder.to(self.dtype)
+        self.points_per_batch = config.points_per_batch or (16 if sam.device.type == "cpu" else 64)
+        sam.image_encoder.to(self.dtype, memory_format=torch.channels_last)
         sam.mask_decoder.to(self.dtype)
         self.transform = ResizeLongestSide(sam.image_encoder.img_size)
         self.unit_points = build_all_layer_point_grids(
@@ -158,47 +166,66 @@ class SamProposer:
         sizes = [image.shape[:2] for image in resized]
         # apply_image may give back the caller's array, which torch will not take where it is read-only.
         pixels = [torch.from_numpy(np.array(image)).permute(2, 0, 1).to(sam.device) for image in resized]
-        features_ICHW = sam.image_encoder(torch.stack([sam.preprocess(each) for each in pixels]).to(self.dtype))
+        inputs_I3SS = torch.stack([sam.preprocess(each) for each in pixels])
+        features_ICHW = sam.image_encoder(inputs_I3SS.to(self.dtype, memory_format=torch.channels_last))
         step_px = sam.image_encoder.img_size // features_ICHW.shape[-1]
         valid = tuple(-(-max(sides) // step_px) for sides in zip(*sizes, strict=True))
         unit_P2 = torch.as_tensor(self.unit_points[views[0].layer], dtype=torch.float32, device=sam.device)
         scale_I12 = torch.tensor([[size[::-1]] for size in sizes], dtype=torch.float32, device=sam.device)
         parts: list[list[tuple[Tensor, ...]]] = [[] for _ in views]
         # As many images a pass as give points_per_batch points.
-        together = max(1, config.points_per_batch // len(unit_P2))
+        together = max(1, self.points_per_batch // len(unit_P2))
         for start in range(0, len(views), together):
             some = slice(start, start + together)
-            for points_P2 in unit_P2.split(config.points_per_batch):
+            for points_P2 in unit_P2.split(self.points_per_batch):
                 logits_MHW, scores_M, image_M = decode_points(
                     sam, features_ICHW[some], points_P2 * scale_I12[some], valid, config.pred_iou_thresh
                 )
-                for number, size in enumerate(sizes[some]):
-                    mine = image_M == number
-                    parts[start + number].append(self.measure(logits_MHW[mine], scores_M[mine], size))
+                for number, (view, size) in enumerate(zip(views[some], sizes[some], strict=True), start):
+                    mine = image_M == number - start
+                    found = self.measure(logits_MHW[mine], scores_M[mine], size, view.pixels_HW3.shape[:2])
+                    parts[number].append(found)
         return [
             self.thin(view, size, *(torch.cat(each) for each in zip(*part, strict=True)))
             for view, part, size in zip(views, parts, sizes, strict=True)
         ]
 
-    def measure(self, logits_MHW: Tensor, scores_M: Tensor, size_px: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    def measure(
+        self, logits_MHW: Tensor, scores_M: Tensor, size_px: tuple[int, int], view_px: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes (R, 4), areas (R,) and scores (R,) of the stable masks, in pixels of the model's input.
 
         size_px  (H, W) of the picture within the model's input; the rest is padding
+        view_px  (H, W) of the picture itself
         """
+        from segment_anything.utils.amg import calculate_stability_score
+
         cell_px = self.sam.image_encoder.img_size // (4 * self.sam.prompt_encoder.image_embedding_size[0])
         rows, columns = (-(-side // cell_px) for side in size_px)
         logits_MHW = logits_MHW - self.sam.mask_threshold
         shown_MHW = logits_MHW[:, :rows, :columns]
-        inside_MHW = logits_MHW > 0
-        inside_MHW[:, rows:] = False
-        inside_MHW[:, :, columns:] = False
-        strict_M, loose_M = (area_above(shown_MHW, sign * self.config.stability_score_offset) for sign in (1, -1))
-        good_M = inside_MHW.flatten(1).any(1) & (strict_M >= self.config.stability_score_thresh * loose_M)
-        area_R = area_above(shown_MHW[good_M], 0.0) * cell_px**2
-        boxes_R4 = mask_boxes(logits_MHW[good_M], inside_MHW[good_M]) * cell_px
-        height, width = size_px
-        boxes_R4 = torch.minimum(boxes_R4, boxes_R4.new_tensor([width, height, width, height]))
-        return boxes_R4, area_R, scores_M[good_M]
+        stability_M = self.stability(shown_MHW)
+        # Of masks near the threshold, the stability as the official generator reads it, off the enlarged mask.
+        error_M = STABILITY_ERROR + SMALL_MASK_ERROR / (shown_MHW > 0).flatten(1).sum(1).clamp(min=1)
+        unsure_U = ((stability_M - self.config.stability_score_thresh).abs() < error_M).nonzero().squeeze(1)
+        for some_U in unsure_U.split(16):
+            enlarged = F.interpolate(logits_MHW[some_U, None], scale_factor=cell_px, mode="bilinear")
+            shown = F.interpolate(enlarged[..., : size_px[0], : size_px[1]], view_px, mode="bilinear").squeeze(1)
+            stability_M[some_U] = calculate_stability_score(shown, 0.0, self.config.stability_score_offset)
+        good_M = stability_M >= self.config.stability_score_thresh
+
+        size_cells = (size_px[0] / cell_px, size_px[1] / cell_px)
+        y_H, x_W = (pixels_near(*each) for each in zip((rows, columns), view_px, size_cells, strict=True))
+        sampled_RHW = sample_at(sample_at(logits_MHW[good_M], y_H.to(logits_MHW), 1), x_W.to(logits_MHW), 2)
+        seen_R = (sampled_RHW > 0).flatten(1).any(1)
+        boxes_R4 = mask_boxes(sampled_RHW[seen_R], x_W.to(logits_MHW), y_H.to(logits_MHW), size_cells) * cell_px
+        area_R = area_above(shown_MHW[good_M][seen_R], 0.0) * cell_px**2
+        return boxes_R4, area_R, scores_M[good_M][seen_R]
+
+    def stability(self, logits_MHW: Tensor) -> Tensor:
+        """Area of each mask at a raised threshold, as a share of that at a lowered one, (M,); 0 where both are 0."""
+        offset = self.config.stability_score_offset
+        return area_above(logits_MHW, offset) / area_above(logits_MHW, -offset).clamp(min=1e-6)
 
     def thin(self, view: View, size_px: tuple[int, int], boxes_R4: Tensor, areas_R: Tensor, scores_R: Tensor) -> Found:
         """The masks that their crop does not cut off and that are no duplicates, now in pixels of the image.
@@ -226,53 +253,3 @@ class SamProposer:
             kept = nms(boxes_R4, torch.cat(smallness_R), self.config.crop_nms_thresh)
             boxes_R4, scores_R, areas_R = boxes_R4[kept], scores_R[kept], areas_R[kept]
         return Regions(boxes_R4.cpu().numpy(), scores_R.cpu().numpy(), areas_R.cpu().numpy(), "sam")
-
-
-def area_above(logits_MHW: Tensor, threshold: float) -> Tensor:
-    """Cells of each mask, (M,), where the logits exceed the threshold: fractions where they cross it between cells.
-
-    A line from logit a to logit b is above 0 on the share (relu(a) + relu(b)) / (|a| + |b|) of its length. The mean of
-    what the rows of cells give and what the columns give; the outer half cells are as their cell is.
-    """
-    above_MHW = logits_MHW - threshold
-    size_MHW = above_MHW.abs()
-
-    def along(dim: int) -> Tensor:
-        count = above_MHW.shape[dim] - 1
-        pair = above_MHW.narrow(dim, 0, count) + above_MHW.narrow(dim, 1, count)
-        size = size_MHW.narrow(dim, 0, count) + size_MHW.narrow(dim, 1, count)
-        inner_M = (0.5 + 0.5 * pair / size.clamp(min=1e-12)).flatten(1).sum(1)
-        ends = [(above_MHW.select(dim, end) > 0).sum(1) for end in (0, -1)]
-        return inner_M + 0.5 * (ends[0] + ends[1])
-
-    return 0.5 * (along(1) + along(2))
-
-
-def mask_boxes(logits_MHW: Tensor, inside_MHW: Tensor) -> Tensor:
-    """(x0, y0, x1, y1) of each mask in cells, (M, 4): where the logits, interpolated, cross 0.
-
-    inside_MHW  the cells that belong to the mask, at least one each; all others count as outside
-
-    Between cells the logits are bilinear: linear along a line of cells, on one of which an extreme of the mask lies.
-    """
-    height, width = logits_MHW.shape[1:]
-    across, down = (logits_MHW, inside_MHW), (logits_MHW.transpose(1, 2), inside_MHW.transpose(1, 2))
-    x1, y1 = far_edge(*across), far_edge(*down)
-    x0 = width - far_edge(*(each.flip(2) for each in across))
-    y0 = height - far_edge(*(each.flip(2) for each in down))
-    return torch.stack([x0, y0, x1, y1], dim=1)
-
-
-def far_edge(logits_MHW: Tensor, inside_MHW: Tensor) -> Tensor:
-    """The largest x of each mask, in cells, (M,)."""
-    width = logits_MHW.shape[2]
-    last_M = width - 1 - inside_MHW.any(1).flip(1).int().argmax(1)
-
-    def column(of_MHW: Tensor, number_M: Tensor) -> Tensor:
-        return of_MHW.gather(2, number_M[:, None, None].expand(-1, of_MHW.shape[1], 1)).squeeze(2)
-
-    here_MH, next_MH = column(logits_MHW, last_M), column(logits_MHW, (last_M + 1).clamp(max=width - 1))
-    # Beyond the last cell of all, or of the picture, nothing is known: the mask reaches the end of its cell.
-    crossing_MH = torch.where(next_MH < 0, here_MH / (here_MH - next_MH), 0.5)
-    beyond_M = torch.where(column(inside_MHW, last_M), crossing_MH, 0.0).amax(1)
-    return last_M + 0.5 + beyond_M

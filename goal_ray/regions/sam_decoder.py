@@ -49,8 +49,8 @@ def decode_points(
         [head(tokens_QTC[:, 1 + kind]) for kind, head in enumerate(decoder.output_hypernetworks_mlps)][1:], dim=1
     )
     used_U, row_M = point_M.unique(return_inverse=True)
-    grid_UHWC = image_QNC[used_U].unflatten(1, features_ICHW.shape[2:])[:, : valid[0], : valid[1]]
-    masks_UKHW = mask_logits(decoder.output_upscaling, grid_UHWC, hyper_QKE[used_U])
+    grid_QHWC = image_QNC.unflatten(1, features_ICHW.shape[2:])[:, : valid[0], : valid[1]]
+    masks_UKHW = mask_logits(decoder.output_upscaling, grid_QHWC[used_U], hyper_QKE[used_U])
     return masks_UKHW[row_M, kind_M].float(), iou_QK[point_M, kind_M], point_M // points
 
 
@@ -75,9 +75,8 @@ def two_way(transformer: Any, prompts_QTC: Tensor, image_INC: Tensor, pe_NC: Ten
     queries = first.norm3(queries + first.mlp(queries))
     placed = queries + prompts_QTC
     points = len(queries) // len(image_INC)
-    shared, placed_shared = (
-        each[:, None].expand(-1, points, -1, -1).flatten(0, 1) for each in (image_INC, image_INC + pe_NC)
-    )
+    shared = image_INC.repeat_interleave(points, dim=0)
+    placed_shared = (image_INC + pe_NC)[:, None].expand(-1, points, -1, -1).flatten(0, 1)
     keys = first.norm4(look_back(first.cross_attn_image_to_token, shared, placed_shared, placed, queries))
     for layer in others:
         queries = layer.norm1(queries + layer.self_attn(q=placed, k=placed, v=queries))
@@ -133,7 +132,7 @@ def attend(attention: Any, queries_QTC: Tensor, keys_QNC: Tensor, placed_QNC: Te
 
 
 def look_back(attention: Any, keys_QNC: Tensor, placed_QNC: Tensor, placed_QTC: Tensor, queries_QTC: Tensor) -> Tensor:
-    """Image tokens (Q, N, C) plus their attention over their point's prompt tokens.
+    """Image tokens (Q, N, C) plus their attention over their point's prompt tokens, written over keys_QNC.
 
     Rows are sorted by prompt token, then head: the softmax then runs across whole vectors of heads. Each head's weights
     add up to 1, and so can carry its part of the output projection's bias.
@@ -147,7 +146,7 @@ def look_back(attention: Any, keys_QNC: Tensor, placed_QNC: Tensor, placed_QTC: 
     weights_QNR = logits_QNR.unflatten(2, (-1, count)).softmax(2).flatten(2)
     out_HAC = attention.out_proj.weight.T.unflatten(0, (count, -1))
     value_QHTC = heads(attention, attention.v_proj(queries_QTC)) @ out_HAC + attention.out_proj.bias / count
-    return torch.baddbmm(keys_QNC, weights_QNR, value_QHTC.transpose(1, 2).flatten(1, 2))
+    return keys_QNC.baddbmm_(weights_QNR, value_QHTC.transpose(1, 2).flatten(1, 2))
 
 
 def mask_logits(upscaling: Any, grid_UHWC: Tensor, hyper_UKE: Tensor) -> Tensor:
@@ -170,4 +169,5 @@ def enlarge(convolution: Any, x: Tensor) -> Tensor:
     """A transposed convolution of kernel and stride 2 on (…, C): (…, 2, 2, C')."""
     channels = convolution.weight.shape[0]
     weight = convolution.weight.permute(0, 2, 3, 1).reshape(channels, -1)
-    return (x @ weight).unflatten(-1, (2, 2, -1)) + convolution.bias
+    rows = torch.addmm(convolution.bias.repeat(4), x.reshape(-1, channels), weight)
+    return rows.view(*x.shape[:-1], 2, 2, -1)
