@@ -29,7 +29,9 @@ def area_above(logits_MHW: Tensor, threshold: float) -> Tensor:
 
 
 def pixels_near(cells: int, pixels: int, length: float) -> Tensor:
-    """Centres, in cells, of the pixels nearest to the cells' centres, (cells,); `pixels` pixels are `length` cells long.
+    """Centres of the pixels nearest to the cells' centres, in cells, (cells,).
+
+    pixels, length  the picture's side in pixels, and in cells
 
     The pixels of a picture decide what belongs to a mask: a speck that lies between them does not.
     """

@@ -34,10 +34,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 @strict
 @dataclass(frozen=True, kw_only=True)
 class SamConfig:
-    """SAM (Segment Anything) with the official weights, as in the published run.
+    """SAM (Segment Anything) with the official weights, as in the published run, or MobileSAM with its own.
 
     name: sam
-    checkpoint: weights file, or its name in the folder GOAL_RAY_WEIGHTS; tells by itself which SAM it is (b, l or h)
+    checkpoint: weights file, or its name in the folder GOAL_RAY_WEIGHTS; tells by itself which SAM it is (b, l, h or
+        MobileSAM)
     sha256: refuse a checkpoint with another checksum; official file names are checked anyway
     points_per_side: prompts are points on a square grid of this side
     points_per_batch: points per pass of the mask decoder; only speed and memory depend on it. Empty: 64 on a GPU, and

@@ -1,4 +1,4 @@
-"""SAM's weights: finding, checking and loading a checkpoint, without executing anything from it."""
+"""SAM's and MobileSAM's weights: finding, checking and loading a checkpoint, without executing anything from it."""
 
 import hashlib
 import os

@@ -1,6 +1,7 @@
 """SAM regions: the official model classes at a width that runs in milliseconds, with random weights."""
 
 import hashlib
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from segment_anything import SamAutomaticMaskGenerator
 from segment_anything.build_sam import _build_sam
+from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
 from tiny_sam import IMAGE_PX, tiny_sam
 from torchvision.ops import box_iou
 
@@ -17,7 +19,7 @@ from goal_ray.errors import ConfigError, ModelError
 from goal_ray.lism.benchmark import generators, matched, read_pictures
 from goal_ray.regions import SamConfig, usable
 from goal_ray.regions.sam_decoder import decode_points
-from goal_ray.regions.sam_weights import empty_sam, load_sam
+from goal_ray.regions.sam_weights import MobileEncoder, empty_sam, load_sam
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +115,28 @@ def test_the_decoder_computes_what_the_official_one_does_for_many_images_and_poi
     torch.testing.assert_close(found.double(), logits[kept][:, :24, :28], rtol=0, atol=1e-4)
     torch.testing.assert_close(found_scores.double(), scores[kept], rtol=0, atol=1e-5)
     assert image.tolist() == torch.arange(3).repeat_interleave(15)[kept].tolist()
+
+
+def test_a_checkpoint_under_mobile_sams_names_is_the_encoder_with_these_weights(tmp_path):
+    torch.manual_seed(4)
+    encoder = MobileEncoder().eval()
+    rest = {"prompt_encoder": PromptEncoder(256, (64, 64), (1024, 1024), 16)}
+    rest["mask_decoder"] = MaskDecoder(
+        transformer_dim=256, transformer=TwoWayTransformer(2, 256, 8, 2048), num_multimask_outputs=3
+    )
+    state = {f"{part}.{name}": tensor for part, module in rest.items() for name, tensor in module.state_dict().items()}
+    for name, tensor in encoder.state_dict().items():
+        name = re.sub(r"stages\.(\d)\.downsample", lambda found: f"layers.{int(found[1]) - 1}.downsample", name)
+        name = name.replace("body.", "").replace("stages.", "layers.").replace(".conv.weight", ".c.weight")
+        name = name.replace("patch_embed.conv1", "patch_embed.seq.0").replace("patch_embed.conv2", "patch_embed.seq.2")
+        state[f"image_encoder.{name}"] = tensor
+    state |= {"image_encoder.head.weight": torch.zeros(9, 320), "image_encoder.norm_head.bias": torch.zeros(320)}
+    torch.save(state, tmp_path / "mobile_sam.pt")
+    loaded = load_sam(tmp_path / "mobile_sam.pt")
+    pixels = torch.randn(1, 3, 1024, 1024)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.image_encoder(pixels), encoder(pixels), rtol=0, atol=0)
+    assert loaded.image_encoder(pixels).shape == (1, 256, 64, 64)
 
 
 def test_images_in_one_call_are_as_if_alone(checkpoint, image):
