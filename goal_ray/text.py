@@ -80,7 +80,8 @@ class CaptionEncoder:
 
         A sentence gets every token that holds a part of it. Two sentences that meet inside a token (`。」`, no space)
         both get it. A sentence gets (-1, -1) when the context cuts a part of it away, when nothing of it is left after
-        the cleaning, or when its place is not certain: an HTML entity or a combining mark across its edge.
+        the cleaning, or when its place is not certain: an HTML entity or a combining mark across its edge, or signs
+        that the cleaning takes for mis-decoded text together, but not alone.
         """
         if not spans_chars:  # half the work
             return EncodedCaption(self._tokens.encode(caption, context_length), np.empty((0, 2), np.int32))

@@ -6,6 +6,7 @@ import pickle
 from itertools import pairwise
 from pathlib import Path
 
+import ftfy
 import numpy as np
 import open_clip
 import pytest
@@ -179,9 +180,18 @@ def test_the_tokens_of_a_mapped_sentence_hold_it_and_start_and_end_with_it(drawn
 
 @given(st.lists(st.sampled_from(PLAIN), max_size=25).map("".join))
 @settings(max_examples=200, deadline=None)
-def test_every_sentence_of_a_caption_without_entities_or_combining_marks_is_mapped(caption):
+def test_every_sentence_of_a_caption_without_entities_combining_marks_or_mojibake_is_mapped(caption):
+    assume(ftfy.fix_encoding(caption) == caption)
     spans = split_sentences(caption)
     assert (ENCODER.encode(caption, spans, WHOLE).spans_tokens > 0).all()
+
+
+def test_a_sentence_that_its_surroundings_make_look_mis_decoded_is_dropped_not_mislabelled():
+    # To ftfy the first two signs are an Arabic letter, decoded as Windows-1254; with the last, so are the second two.
+    caption = "İ½İ\xa0"
+    assert ftfy.fix_encoding(caption) != caption
+    assert split_sentences(caption) == [(0, 3)]
+    assert ENCODER.encode(caption, [(0, 3)], WHOLE).spans_tokens.tolist() == [[-1, -1]]
 
 
 @given(st.lists(st.sampled_from(["a red dog runs.", "two cats, asleep!", "is it 3.5 m tall?"]), min_size=1, max_size=6))
