@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from goal_ray.config import strict
-from goal_ray.errors import ModelError
+from goal_ray.errors import ConfigError, ModelError
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -299,3 +299,15 @@ def save_model(folder: Path, loaded: LoadedModel, weights: dict[str, Tensor]) ->
     config = {"model_cfg": loaded.model_cfg, "preprocess_cfg": preprocess}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2), encoding="utf-8")
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS_FILE)
+
+
+def usable_device(name: str | None) -> str:
+    """The device to run on; by default a GPU where there is one. Raises ConfigError for one that is not there."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name).float().sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {name!r} cannot be used here: {reason}; use cpu, or cuda on a GPU") from None
+    return name

@@ -26,6 +26,7 @@ MODELS = {"start": "start", "global": "global loss only", "goal": "GOAL"}
 GLOBAL_ONLY = ("loss.weight_local=0", "loss.weight_tsl_image=0", "loss.weight_tsl_text=0", "name=global")
 DIRECTIONS = ("text_to_image", "image_to_text")
 MEASURES = {"captions": "R@1", "sentences": "R@1", "joint": "mAP"}
+TABLE_HEAD = f"{'':<18}" + "".join(f"{f'{part} {at}':>26}" for part, at in MEASURES.items())
 
 
 @dataclass(frozen=True)
@@ -136,9 +137,6 @@ def print_result(result: Mapping[str, Any], out: Path) -> None:
     )
     print(f"      {found:.1f} % of the objects have a proposed region with IoU ≥ 0.5")
     print(f"curves and pictures: {out / result['report']}\nall numbers: {out / RESULT_FILE}")
-
-
-TABLE_HEAD = f"{'':<18}" + "".join(f"{f'{part} {at}':>26}" for part, at in MEASURES.items())
 
 
 def spread(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from fsspec.core import url_to_fs
 
 from goal_ray.errors import ConfigError, ModelError, StageError
 from goal_ray.evaluate.embed import describe_skip, embed_shards
-from goal_ray.model import ModelConfig, load_model
+from goal_ray.model import ModelConfig, load_model, usable_device
 from goal_ray.retrieval import retrieval_metrics
 from goal_ray.shards import expand_shards
 from goal_ray.storage import write_bytes
@@ -88,18 +88,6 @@ def evaluate(
     return result
 
 
-def usable_device(name: str | None) -> str:
-    """The device to run on; by default a GPU where there is one. Raises ConfigError for one that is not there."""
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name).float().sum().item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device {name!r} cannot be used here: {reason}; use cpu, or cuda on a GPU") from None
-    return name
-
-
 def resolve_model(checkpoint: str, weights: str | None) -> str:
     """The name that `load_model` takes. Raises StageError, and ModelError for an architecture without weights."""
     if os.path.isdir(checkpoint) or ("/" in checkpoint and not checkpoint.endswith(".json")):
@@ -146,14 +134,13 @@ def print_table(result: dict[str, Any]) -> None:
         f"{repeated}{len(result['skipped'])} skipped"
     )
     print(f"{'':<22}" + "".join(f"{name:>13}" for name in names))
-    rows = {"text → image": (result, "text_to_image"), "image → text": (result, "image_to_text")}
+    rows = {"text → image": result["text_to_image"], "image → text": result["image_to_text"]}
     if "local" in result:
-        rows |= {"sentence → region": (result["local"], "text_to_image")}
-        rows |= {"region → sentence": (result["local"], "image_to_text")}
-        rows |= {"joint, text → image": (result["joint"], "text_to_image")}
-        rows |= {"joint, image → text": (result["joint"], "image_to_text")}
-    for title, (metrics, direction) in rows.items():
-        cells = (f"{metrics[direction][name]:>13.2f}" if name in metrics[direction] else f"{'–':>13}" for name in names)
+        local, joint = result["local"], result["joint"]
+        rows |= {"sentence → region": local["text_to_image"], "region → sentence": local["image_to_text"]}
+        rows |= {"joint, text → image": joint["text_to_image"], "joint, image → text": joint["image_to_text"]}
+    for title, shares in rows.items():
+        cells = (f"{shares[name]:>13.2f}" if name in shares else f"{'–':>13}" for name in names)
         print(f"{title:<22}" + "".join(cells))
     for record in result["skipped"][:SKIPPED_SHOWN]:
         print(f"skipped: {describe_skip(record)}", file=sys.stderr)

@@ -15,8 +15,8 @@ from torchvision.ops import box_iou
 
 from goal_ray.cli import run_main
 from goal_ray.config import build_config
-from goal_ray.evaluate.run import usable_device
 from goal_ray.images import decode_image, shrink
+from goal_ray.model import usable_device
 from goal_ray.regions import SamConfig
 from goal_ray.regions.sam import SamProposer
 from goal_ray.regions.sam_weights import find_checkpoint, load_sam
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("checkpoint", metavar="CHECKPOINT", help="SAM or MobileSAM weights, .pth or .safetensors")
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="SAM or MobileSAM weights: .pth, .pt or .safetensors")
     command.add_argument("pictures", metavar="PICTURE", nargs="*", help="files (default: scikit-image's photographs)")
     command.add_argument("--points", metavar="N", type=int, default=32, help="points per side (default: %(default)s)")
     command.add_argument("--repeats", metavar="N", type=int, default=1, help="timed runs (default: %(default)s)")

@@ -131,6 +131,8 @@ class SamProposer:
         self.points_per_batch = config.points_per_batch or (16 if sam.device.type == "cpu" else 64)
         sam.image_encoder.to(self.dtype, memory_format=torch.channels_last)
         sam.mask_decoder.to(self.dtype)
+        with torch.inference_mode():
+            self.pe_NC = sam.prompt_encoder.get_dense_pe()[0].flatten(1).T.to(self.dtype)
         self.transform = ResizeLongestSide(sam.image_encoder.img_size)
         self.unit_points = build_all_layer_point_grids(
             config.points_per_side, config.crop_n_layers, config.crop_n_points_downscale_factor
@@ -180,7 +182,7 @@ class SamProposer:
             some = slice(start, start + together)
             for points_P2 in unit_P2.split(self.points_per_batch):
                 logits_MHW, scores_M, image_M = decode_points(
-                    sam, features_ICHW[some], points_P2 * scale_I12[some], valid, config.pred_iou_thresh
+                    sam, features_ICHW[some], self.pe_NC, points_P2 * scale_I12[some], valid, config.pred_iou_thresh
                 )
                 for number, (view, size) in enumerate(zip(views[some], sizes[some], strict=True), start):
                     mine = image_M == number - start
@@ -216,10 +218,12 @@ class SamProposer:
         good_M = stability_M >= self.config.stability_score_thresh
 
         size_cells = (size_px[0] / cell_px, size_px[1] / cell_px)
-        y_H, x_W = (pixels_near(*each) for each in zip((rows, columns), view_px, size_cells, strict=True))
-        sampled_RHW = sample_at(sample_at(logits_MHW[good_M], y_H.to(logits_MHW), 1), x_W.to(logits_MHW), 2)
+        y_H, x_W = (
+            pixels_near(*each).to(logits_MHW) for each in zip((rows, columns), view_px, size_cells, strict=True)
+        )
+        sampled_RHW = sample_at(sample_at(logits_MHW[good_M], y_H, 1), x_W, 2)
         seen_R = (sampled_RHW > 0).flatten(1).any(1)
-        boxes_R4 = mask_boxes(sampled_RHW[seen_R], x_W.to(logits_MHW), y_H.to(logits_MHW), size_cells) * cell_px
+        boxes_R4 = mask_boxes(sampled_RHW[seen_R], x_W, y_H, size_cells) * cell_px
         area_R = area_above(shown_MHW[good_M][seen_R], 0.0) * cell_px**2
         return boxes_R4, area_R, scores_M[good_M][seen_R]
 

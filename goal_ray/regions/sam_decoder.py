@@ -23,11 +23,12 @@ from torch import Tensor
 
 
 def decode_points(
-    sam: Any, features_ICHW: Tensor, points_IP2: Tensor, valid: tuple[int, int], min_iou: float
+    sam: Any, features_ICHW: Tensor, pe_NC: Tensor, points_IP2: Tensor, valid: tuple[int, int], min_iou: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mask logits (M, 4·rows, 4·columns), predicted IoUs (M,) and images (M,) of all masks rated above `min_iou`.
 
     features_ICHW  of the image encoder
+    pe_NC          the prompt encoder's dense positional encoding, in the features' dtype
     points_IP2     (x, y) in pixels of the model's input
     valid          (rows, columns) of the feature grid that are not padding
 
@@ -35,13 +36,9 @@ def decode_points(
     """
     decoder = sam.mask_decoder
     points = points_IP2.shape[1]
-    pe_NC = sam.prompt_encoder.get_dense_pe()[0].flatten(1).T.to(features_ICHW.dtype)
     prompts_QTC = prompt_tokens(sam, points_IP2.flatten(0, 1), features_ICHW.dtype)
-    image_INC = (
-        (features_ICHW + sam.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1).to(features_ICHW))
-        .flatten(2)
-        .transpose(1, 2)
-    )
+    no_mask_C = sam.prompt_encoder.no_mask_embed.weight[0].to(features_ICHW)
+    image_INC = features_ICHW.flatten(2).transpose(1, 2) + no_mask_C
     tokens_QTC, image_QNC = two_way(decoder.transformer, prompts_QTC, image_INC, pe_NC)
     iou_QK = decoder.iou_prediction_head(tokens_QTC[:, 0])[:, 1:].float()
     point_M, kind_M = (iou_QK > min_iou).nonzero(as_tuple=True)

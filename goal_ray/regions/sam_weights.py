@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from goal_ray.errors import ModelError
 
-TIMM = "image_encoder."
-TINY_VIT = f"{TIMM}patch_embed.seq."
+ENCODER = "image_encoder."
+TINY_VIT = f"{ENCODER}patch_embed.seq."
 WEIGHTS_FOLDER = "GOAL_RAY_WEIGHTS"
 DOWNLOADS = "https://dl.fbaipublicfiles.com/segment_anything"
 # sha256 of the official checkpoints.
@@ -52,7 +52,7 @@ def check_sum(path: Path, sha256: str | None) -> None:
 
 
 def load_sam(path: Path) -> Any:
-    """The Sam that a checkpoint (.pth, or .safetensors) holds, in eval mode, on the CPU; executes no code from it.
+    """The Sam that a checkpoint (.pth, .pt or .safetensors) holds, in eval mode, on the CPU; executes no code from it.
 
     Raises ModelError where the file is damaged or no SAM.
     """
@@ -83,7 +83,7 @@ def empty_sam(shapes: Mapping[str, tuple[int, ...]]) -> Any:
     """
     from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
-    encoder = MobileEncoder() if f"{TIMM}body.patch_embed.conv1.conv.weight" in shapes else empty_vit(shapes)
+    encoder = MobileEncoder() if f"{ENCODER}body.patch_embed.conv1.conv.weight" in shapes else empty_vit(shapes)
     embedding = shapes["mask_decoder.iou_token.weight"][1]
     grid = encoder.img_size // encoder.patch_px
     return Sam(
@@ -167,10 +167,10 @@ def as_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """MobileSAM's weights under the names that MobileEncoder gives them; its unused classifier is left out."""
     named = {}
     for name, tensor in state.items():
-        if re.match(rf"{re.escape(TIMM)}(norm_head|head)\.|.*attention_bias_idxs$", name):
+        if re.match(rf"{re.escape(ENCODER)}(norm_head|head)\.|.*attention_bias_idxs$", name):
             continue
-        if name.startswith(TIMM) and ".neck." not in name:
-            name = name.replace(TIMM, f"{TIMM}body.").replace(".c.weight", ".conv.weight")
+        if name.startswith(ENCODER) and ".neck." not in name:
+            name = name.replace(ENCODER, f"{ENCODER}body.").replace(".c.weight", ".conv.weight")
             name = name.replace("patch_embed.seq.0.", "patch_embed.conv1.").replace(
                 "patch_embed.seq.2.", "patch_embed.conv2."
             )

@@ -10,6 +10,8 @@ written once, zeros included, so that nothing is cleared first and no atomic is 
 All sums have an order that depends on the shapes alone: bit-identical from run to run.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -182,7 +184,7 @@ def pool_backward(
     pooled_grad_MD: Tensor,
     boxes_M4: Tensor,
     sample_index_M: Tensor,
-    grid: tuple[int, int],
+    grid: Sequence[int],
     first_token: int,
     touch: bool,
     tokens_BND: Tensor,

@@ -8,12 +8,14 @@ Memory: of the tokens, the rows under the boxes are read, once per box, straight
 backward) and of y are written, and M×E of f is written and read. Nothing of size B×N×D or M×N is made.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.tsl.reference import TINY_NORM
+from kernels.tsl.reference import TINY_NORM, accumulation_dtype
 from kernels.tsl.triton_cells import axis_share, load_box
 
 # Elements of a tile: at 70 to 90 registers a thread two or three programs share an H100's multiprocessor, and one loads
@@ -26,7 +28,7 @@ def pool_normalise(
     tokens_BND: Tensor,
     boxes_M4: Tensor,
     sample_index_M: Tensor,
-    grid: tuple[int, int],
+    grid: Sequence[int],
     first_token: int,
     ln_weight_D: Tensor | None,
     ln_bias_D: Tensor | None,
@@ -34,9 +36,12 @@ def pool_normalise(
     eps: float,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y_MD in out_dtype, n_MD and 1/√(var + eps) as rstd_M in the accumulation dtype, is_empty_M bool)."""
+    """(y_MD in out_dtype, n_MD and 1/√(var + eps) as rstd_M in the accumulation dtype, is_empty_M bool).
+
+    grid  (H, W); a Sequence, which is how an operator's schema knows tuples of any length
+    """
     regions, dim = len(boxes_M4), tokens_BND.shape[2]
-    accumulate = torch.promote_types(tokens_BND.dtype, torch.float32)
+    accumulate = accumulation_dtype(tokens_BND)
     y_MD = tokens_BND.new_empty(regions, dim, dtype=out_dtype)
     normal_MD = tokens_BND.new_empty(regions, dim, dtype=accumulate)
     rstd_M = tokens_BND.new_empty(regions, dtype=accumulate)
@@ -138,7 +143,7 @@ def pool_normalise_kernel(
 def cosine_error(feature_ME: Tensor, target_ME: Tensor, is_empty_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, cosine_M, count) as in TslResult; cosine and loss in float32, or float64 for float64 features."""
     regions, dim = feature_ME.shape
-    accumulate = torch.promote_types(feature_ME.dtype, torch.float32)
+    accumulate = accumulation_dtype(feature_ME)
     cosine_M = feature_ME.new_empty(regions, dtype=accumulate)
     loss = feature_ME.new_empty((), dtype=accumulate)
     count = feature_ME.new_empty((), dtype=torch.int64)

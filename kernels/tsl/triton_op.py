@@ -4,6 +4,8 @@ pooling + LayerNorm | projection (torch, cuBLAS) | cosine and error: each of the
 operator for its backward, so that torch.compile sees no graph break, and autocast and checkpointing work as ever.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -29,43 +31,19 @@ def tsl_triton(
     boxes_M4 = boxes_M4.to(torch.promote_types(boxes_M4.dtype, torch.float32))
     dtype = projection_dtype(tokens_BND) if proj_DE is not None else accumulation_dtype(tokens_BND)
     feature_MD, _, _, is_empty_M = pool_op(
-        tokens_BND, boxes_M4, sample_index_M, *grid, first_token, ln_weight_D, ln_bias_D, mode == "touch", eps, dtype
+        tokens_BND, boxes_M4, sample_index_M, grid, first_token, ln_weight_D, ln_bias_D, mode == "touch", eps, dtype
     )
     feature_ME = feature_MD if proj_DE is None else feature_MD @ proj_DE.to(dtype)
     return TslResult(*cosine_op(feature_ME, target_ME, is_empty_M))
 
 
-@torch.library.custom_op("goal_ray::tsl_pool", mutates_args=())
-def pool_op(
-    tokens_BND: Tensor,
-    boxes_M4: Tensor,
-    sample_index_M: Tensor,
-    height: int,
-    width: int,
-    first_token: int,
-    ln_weight_D: Tensor | None,
-    ln_bias_D: Tensor | None,
-    touch: bool,
-    eps: float,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`pool_normalise`; of its outputs only the first has a gradient."""
-    return pool_normalise(
-        tokens_BND,
-        boxes_M4,
-        sample_index_M,
-        (height, width),
-        first_token,
-        ln_weight_D,
-        ln_bias_D,
-        touch,
-        eps,
-        out_dtype,
-    )
+pool_op = torch.library.custom_op("goal_ray::tsl_pool", pool_normalise, mutates_args=())
+cosine_op = torch.library.custom_op("goal_ray::tsl_cosine", cosine_error, mutates_args=())
+cosine_backward_op = torch.library.custom_op("goal_ray::tsl_cosine_backward", cosine_error_backward, mutates_args=())
 
 
 @pool_op.register_fake
-def _(tokens_BND, boxes_M4, _index, _height, _width, _first, _weight, _bias, _touch, _eps, out_dtype):
+def _(tokens_BND, boxes_M4, _index, _grid, _first, _weight, _bias, _touch, _eps, out_dtype):
     regions, dim = boxes_M4.shape[0], tokens_BND.shape[2]
     dtype = accumulation_dtype(tokens_BND)
     return (
@@ -82,8 +60,7 @@ def pool_backward_op(
     tokens_BND: Tensor,
     boxes_M4: Tensor,
     sample_index_M: Tensor,
-    height: int,
-    width: int,
+    grid: Sequence[int],
     first_token: int,
     ln_weight_D: Tensor | None,
     touch: bool,
@@ -93,19 +70,17 @@ def pool_backward_op(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the tokens, and of LayerNorm's weight and bias as (2, D). The tokens' values are not read."""
     pooled_grad_MD, parameter_grads_2D = normalise_backward(feature_grad_MD, normal_MD, rstd_M, is_empty_M, ln_weight_D)
-    tokens_grad_BND = pool_backward(
-        pooled_grad_MD, boxes_M4, sample_index_M, (height, width), first_token, touch, tokens_BND
-    )
+    tokens_grad_BND = pool_backward(pooled_grad_MD, boxes_M4, sample_index_M, grid, first_token, touch, tokens_BND)
     return tokens_grad_BND, parameter_grads_2D
 
 
 @pool_backward_op.register_fake
-def _(_grad, tokens_BND, _boxes, _index, _height, _width, _first, _weight, _touch, normal_MD, _rstd, _empty):
+def _(_grad, tokens_BND, _boxes, _index, _grid, _first, _weight, _touch, normal_MD, _rstd, _empty):
     return torch.empty_like(tokens_BND), normal_MD.new_empty(2, normal_MD.shape[1])
 
 
 def _keep_pool(ctx, inputs, output):
-    tokens, boxes, index, ctx.height, ctx.width, ctx.first_token, weight, bias, ctx.touch, _, _ = inputs
+    tokens, boxes, index, ctx.grid, ctx.first_token, weight, bias, ctx.touch, _, _ = inputs
     _, normal, rstd, is_empty = output
     ctx.mark_non_differentiable(normal, rstd, is_empty)
     ctx.set_materialize_grads(False)
@@ -115,15 +90,14 @@ def _keep_pool(ctx, inputs, output):
 
 def _pool_backward(ctx, feature_grad_MD, *_):
     if feature_grad_MD is None:
-        return (None,) * 11
+        return (None,) * 10
     tokens, boxes, index, weight, normal, rstd, is_empty = ctx.saved_tensors
     tokens_grad, (weight_grad, bias_grad) = pool_backward_op(
         feature_grad_MD,
         tokens,
         boxes,
         index,
-        ctx.height,
-        ctx.width,
+        ctx.grid,
         ctx.first_token,
         weight,
         ctx.touch,
@@ -133,16 +107,10 @@ def _pool_backward(ctx, feature_grad_MD, *_):
     )
     weight_grad = None if weight is None else weight_grad.to(weight.dtype)
     bias_grad = None if ctx.bias_dtype is None else bias_grad.to(ctx.bias_dtype)
-    return tokens_grad, None, None, None, None, None, weight_grad, bias_grad, None, None, None
+    return tokens_grad, None, None, None, None, weight_grad, bias_grad, None, None, None
 
 
 pool_op.register_autograd(_pool_backward, setup_context=_keep_pool)
-
-
-@torch.library.custom_op("goal_ray::tsl_cosine", mutates_args=())
-def cosine_op(feature_ME: Tensor, target_ME: Tensor, is_empty_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`cosine_error`."""
-    return cosine_error(feature_ME, target_ME, is_empty_M)
 
 
 @cosine_op.register_fake
@@ -153,20 +121,6 @@ def _(feature_ME, _target, _empty):
         feature_ME.new_empty(feature_ME.shape[0], dtype=dtype),
         feature_ME.new_empty((), dtype=torch.int64),
     )
-
-
-@torch.library.custom_op("goal_ray::tsl_cosine_backward", mutates_args=())
-def cosine_backward_op(
-    loss_grad: Tensor | None,
-    cosine_grad_M: Tensor | None,
-    feature_ME: Tensor,
-    target_ME: Tensor,
-    is_empty_M: Tensor,
-    cosine_M: Tensor,
-    count: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """`cosine_error_backward`."""
-    return cosine_error_backward(loss_grad, cosine_grad_M, feature_ME, target_ME, is_empty_M, cosine_M, count)
 
 
 @cosine_backward_op.register_fake

@@ -2,7 +2,6 @@
 
 import io
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -16,30 +15,10 @@ from safetensors.torch import load_file, save_file
 from goal_ray.errors import ConfigError, GoalRayError, ModelError, ShardError, StageError
 from goal_ray.evaluate.__main__ import main
 from goal_ray.evaluate.run import evaluate, resolve_model, result_place
-from goal_ray.model import WEIGHTS_FILE, ModelConfig, load_model, save_model
-from goal_ray.pairs import PairRecord, best_pairs
-from goal_ray.scenes.run import SceneSettings, draw_scenes
+from goal_ray.model import WEIGHTS_FILE
 from goal_ray.shards import index_shard, stream_samples, write_tar
 
-COUNT = 30
 DIRECTIONS = ("text_to_image", "image_to_text")
-
-
-@pytest.fixture(scope="module")
-def model(tiny_clip, tmp_path_factory) -> str:
-    """An exported folder with random weights."""
-    folder = tmp_path_factory.mktemp("exported") / "model"
-    loaded = load_model(ModelConfig(tiny_clip))
-    save_model(folder, loaded, loaded.clip.state_dict())
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory) -> Path:
-    """30 drawn scenes in three tars; their captions exceed the model's context."""
-    folder = tmp_path_factory.mktemp("scenes")
-    draw_scenes(folder, COUNT, 7, SceneSettings(shard_size=10, size=40))
-    return folder
 
 
 @pytest.fixture
@@ -126,69 +105,6 @@ def test_a_shard_that_stands_there_twice_counts_once(model, scenes, tmp_path):
     result = evaluate(model, str(tmp_path))
     assert metrics(result) == metrics(evaluate(model, str(scenes)))
     assert result["repeated"] == 10
-
-
-@pytest.fixture(scope="module")
-def paired(tmp_path_factory) -> Path:
-    """Twelve scenes with the pairs of the truth."""
-    folder = tmp_path_factory.mktemp("paired")
-    draw_scenes(folder, 12, 5, SceneSettings(shard_size=5, size=48, paired=True))
-    return folder
-
-
-@pytest.mark.parametrize("pairs", [1, 3, 99])
-def test_local_and_joint_metrics_are_those_of_shards_of_crops_and_sentences(model, paired, tmp_path, pairs):
-    def crops():
-        for tar in sorted(paired.glob("*.tar")):
-            for sample in stream_samples(str(tar)):
-                image, caption = Image.open(io.BytesIO(sample.image_bytes())), sample.caption()
-                record = PairRecord.from_bytes(sample.members["pairs.json"], caption, "")
-                for number, found in enumerate(best_pairs(record, pairs)):
-                    start, end = record.sentences[found.sentence]
-                    buffer = io.BytesIO()
-                    x0, y0, x1, y1 = record.regions[found.region].box
-                    image.crop((math.floor(x0), math.floor(y0), math.ceil(x1), math.ceil(y1))).save(buffer, "PNG")
-                    yield f"{sample.key}-{number}", {"png": buffer.getvalue(), "txt": caption[start:end].encode()}
-
-    write_tar(str(tmp_path / "crops.tar"), crops())
-    result, local = evaluate(model, str(paired), pairs=pairs), evaluate(model, str(tmp_path / "crops.tar"))
-    kinds = (*DIRECTIONS, "count")
-    assert {kind: result["local"][kind] for kind in kinds} == {kind: local[kind] for kind in kinds}
-    for tar in paired.glob("*.tar"):
-        shutil.copy(tar, tmp_path / tar.name)
-    joint = evaluate(model, str(tmp_path))
-    assert {kind: result["joint"][kind] for kind in kinds} == {kind: joint[kind] for kind in kinds}
-    assert metrics(result) == metrics(evaluate(model, str(paired)))
-
-
-def test_pairs_are_printed_beside_the_whole(model, paired, capsys):
-    main([model, str(paired), "--pairs", "2"])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split("   ")[0].strip() for line in lines[2:8]] == [
-        "text → image",
-        "image → text",
-        "sentence → region",
-        "region → sentence",
-        "joint, text → image",
-        "joint, image → text",
-    ]
-
-
-def test_pairs_of_shards_without_pairs_are_refused_with_the_remedy(model, scenes):
-    with pytest.raises(StageError, match=r"no pairs.json; run `goal-ray lism` on the shards, or leave out --pairs"):
-        evaluate(model, str(scenes), pairs=1)
-
-
-def test_samples_without_any_pair_do_not_count_as_measured(model, tmp_path):
-    nothing = PairRecord((20, 10), (), (), (), {}).to_bytes()
-    write_tar(str(tmp_path / "a.tar"), iter([("7", {**pair("red", "It is red."), "pairs.json": nothing})]))
-    with pytest.raises(StageError, match="no sample has a pair of sentence and region; leave out --pairs"):
-        evaluate(model, str(tmp_path), pairs=1)
-
-
-def test_a_negative_number_of_pairs_is_refused(model, scenes):
-    with pytest.raises(ConfigError, match="pairs must not be negative"):
-        evaluate(model, str(scenes), pairs=-1)
 
 
 def test_several_captions_of_a_picture_and_pictures_of_a_caption_are_all_right(model, tmp_path):
@@ -291,7 +207,7 @@ def test_the_default_file_is_named_after_the_shards(run, shards, name):
 def test_out_names_another_place_and_bare_models_have_none(run, model, tmp_path, scenes, capsys):
     out = tmp_path / "deep" / "x.json"
     assert main([str(run), str(scenes), "--out", str(out)]) is None
-    assert json.loads(out.read_text())["count"] == COUNT
+    assert json.loads(out.read_text())["count"] == 30
     assert not (run / "evaluation").exists()
     assert result_place(model, str(scenes), None) is None
     assert f"written to {out}" in capsys.readouterr().out

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_tsl import DEVICE, random_case
+from tsl_cases import DEVICE, random_case
 
 from kernels.benchmark import __main__ as benchmark
 from kernels.benchmark.cases import DTYPES, SHAPES, Case, necessary_bytes

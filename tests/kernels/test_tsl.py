@@ -1,75 +1,15 @@
 """The token-similarity loss: the definition does what its documentation says, and every backend does the same."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tsl_cases import BACKENDS, DEVICE, FAST_BACKENDS, FLOATS, INPUTS, MODES, assert_same, random_case, run, with_boxes
 
-from kernels.tsl import TslResult, tsl_loss
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["reference", "eager", "triton"]
-FAST_BACKENDS = BACKENDS[1:]
-MODES = ["coverage", "touch"]
-INPUTS = ("tokens_BND", "ln_weight_D", "ln_bias_D", "proj_DE", "target_ME")
-FLOATS = (*INPUTS, "boxes_M4")
-
-
-def random_case(seed, samples=3, grid=(4, 5), dim=7, out=6, regions=9, dtype=torch.float64, device=DEVICE):
-    """Fresh random arguments of `tsl_loss`; boxes reach over the grid's borders, and a few are empty."""
-    random = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=random, dtype=torch.float64).to(device, dtype)
-
-    height, width = grid
-    corners = torch.rand(regions, 2, 2, generator=random, dtype=torch.float64) * 1.4 - 0.2
-    low, high = corners.amin(1), corners.amax(1)
-    low[regions // 2 : regions // 2 + 1, 0] = 1.1  # beyond the right border, and inverted
-    scale = torch.tensor([width, height], dtype=torch.float64)
-    return {
-        "tokens_BND": normal(samples, height * width, dim),
-        "boxes_M4": torch.cat([low * scale, high * scale], dim=1).to(device, torch.promote_types(dtype, torch.float32)),
-        "sample_index_M": torch.randint(samples, (regions,), generator=random).sort().values.to(device),
-        "grid": grid,
-        "ln_weight_D": normal(dim) * 0.2 + 1,
-        "ln_bias_D": normal(dim) * 0.2,
-        "proj_DE": normal(dim, out),
-        "target_ME": normal(regions, out),
-    }
-
-
-def run(case: dict, **settings) -> tuple[TslResult, dict[str, torch.Tensor]]:
-    """The result, and the gradient of loss + a fixed mix of the cosines for every differentiable input."""
-    leaves = {name: case[name].detach().clone().requires_grad_() for name in INPUTS if case[name] is not None}
-    result = tsl_loss(**{**case, **leaves}, **settings)
-    mix = torch.linspace(-1, 1, len(result.cosine_M), dtype=result.cosine_M.dtype, device=result.cosine_M.device)
-    (result.loss + (mix * result.cosine_M).sum()).backward()
-    return result, {name: leaf.grad for name, leaf in leaves.items()}
-
-
-def assert_same(case: dict, backend: str, rtol: float = 1e-9, atol: float = 1e-11, **settings) -> None:
-    """The backend gives what the definition gives: outputs and all gradients."""
-    expected, expected_gradients = run(case, backend="reference", **settings)
-    actual, gradients = run(case, backend=backend, **settings)
-    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
-    torch.testing.assert_close(gradients, expected_gradients, rtol=rtol, atol=atol)
-
-
-def with_boxes(case: dict, *boxes: tuple[float, ...]) -> dict:
-    """The case with these boxes, all on sample 0."""
-    rows = len(boxes)
-    return {
-        **case,
-        "boxes_M4": case["boxes_M4"].new_tensor(boxes).reshape(rows, 4),
-        "sample_index_M": case["sample_index_M"].new_zeros(rows),
-        "target_ME": case["target_ME"][:rows],
-    }
+from kernels.tsl import tsl_loss
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -368,53 +308,6 @@ def test_changing_numbers_of_regions_compile_once(tsl_backend):
         case = {**random_case(16, regions=regions, dtype=torch.float32), "backend": tsl_backend}
         torch.testing.assert_close(compiled(**case), tsl_loss(**case))
     assert len(graphs) == 1
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"grid": (4, 4)}, "20 tokens do not fill a 4×4 grid"),
-        ({"grid": (-4, -5)}, "do not fill"),
-        ({"first_token": 1}, "20 tokens do not fill a 4×5 grid from token 1 on"),
-        ({"first_token": -4, "grid": (4, 6)}, "do not fill"),
-        ({"tokens_BND": torch.zeros(3, 20)}, r"tokens must be \(B, N, D\)"),
-        ({"tokens_BND": torch.zeros(3, 20, 7, dtype=torch.int64)}, "tokens must be of a float dtype"),
-        ({"boxes_M4": torch.zeros(9, 3)}, "boxes must have shape"),
-        ({"boxes_M4": torch.zeros(())}, "boxes must have shape"),
-        ({"boxes_M4": torch.zeros(9, 4, dtype=torch.int64)}, "boxes must be of a float dtype"),
-        ({"boxes_M4": torch.full((9, 4), math.nan)}, "box 0 is not finite"),
-        ({"boxes_M4": torch.tensor([[0.0, 0, 1, 1]] * 8 + [[0.0, 0, math.inf, 1]])}, "box 8 is not finite"),
-        ({"sample_index_M": torch.zeros(8, dtype=torch.int64)}, "sample_index must have shape"),
-        ({"sample_index_M": torch.zeros(9)}, "sample_index must be int32 or int64"),
-        ({"sample_index_M": torch.tensor([0] * 8 + [-1])}, r"sample_index\[8\] is -1"),
-        ({"sample_index_M": torch.tensor([0] * 8 + [3])}, "batch has 3 samples"),
-        ({"ln_weight_D": torch.zeros(6)}, "ln_weight must have shape"),
-        ({"ln_bias_D": torch.zeros(7, device="meta")}, "ln_bias is on meta"),
-        ({"proj_DE": torch.zeros(6, 6)}, "proj must have shape"),
-        ({"proj_DE": None}, "target must have shape"),
-        ({"target_ME": torch.zeros(9)}, "must have shape"),
-        ({"mode": "center"}, "choose one of coverage, touch"),
-        ({"eps": 0.0}, "eps must be > 0"),
-        ({"backend": "cuda"}, "choose one of auto, reference, eager"),
-    ],
-)
-def test_arguments_that_do_not_fit_are_refused(change, message):
-    with pytest.raises(ValueError, match=message):
-        tsl_loss(**{**random_case(17, device="cpu"), **change})
-
-
-def test_the_chosen_backend_is_logged_once():
-    program = (
-        "import logging, sys, torch; logging.basicConfig(level='INFO', stream=sys.stdout)\n"
-        "from kernels.tsl import tsl_loss\n"
-        "one = torch.ones(1, 1, 2)\n"
-        "for _ in range(3): tsl_loss(one, torch.ones(1, 4), torch.tensor([0]), (1, 1), None, None, None, one[0])\n"
-        "unwanted = {'goal_ray', 'ray', 'open_clip', 'deepspeed', 'torchvision', 'PIL'} & set(sys.modules)\n"
-        "print('unwanted:', sorted(unwanted))"
-    )
-    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    assert output.count("token-similarity loss on cpu: eager backend") == 1
-    assert "unwanted: []" in output  # the kernels need torch alone
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

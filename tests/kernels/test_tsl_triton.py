@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_tsl import DEVICE, INPUTS, random_case, run
 from torch.utils.checkpoint import checkpoint
+from tsl_cases import DEVICE, INPUTS, random_case, run
 
 from kernels.tsl import tsl_loss
 from kernels.tsl.triton_op import cosine_op, pool_op, tsl_triton
@@ -127,7 +127,7 @@ def test_the_operators_keep_the_rules_of_torch_library():
     case = random_case(28, dtype=torch.float32)
     for name in ("tokens_BND", "ln_weight_D", "ln_bias_D", "target_ME"):
         case[name].requires_grad_()
-    pool = (case["tokens_BND"], case["boxes_M4"], case["sample_index_M"], 4, 5, 0)
+    pool = (case["tokens_BND"], case["boxes_M4"], case["sample_index_M"], (4, 5), 0)
     torch.library.opcheck(pool_op, (*pool, case["ln_weight_D"], case["ln_bias_D"], True, 1e-5, torch.float32))
     torch.library.opcheck(pool_op, (*pool, None, None, False, 1e-5, torch.float32))
     feature_ME = torch.randn(9, 6, device=DEVICE, requires_grad=True)

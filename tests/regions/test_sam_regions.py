@@ -110,7 +110,8 @@ def test_the_decoder_computes_what_the_official_one_does_for_many_images_and_poi
     logits, scores = (torch.cat(each).flatten(0, 1) for each in zip(*expected, strict=True))
     median = scores.median().item()
     kept = scores > median
-    found, found_scores, image = decode_points(sam, features, points, (6, 7), median)
+    pe_NC = sam.prompt_encoder.get_dense_pe()[0].flatten(1).T.double()
+    found, found_scores, image = decode_points(sam, features, pe_NC, points, (6, 7), median)
     # Logits are of order 10 and computed in float64 but for the float32 of points and results.
     torch.testing.assert_close(found.double(), logits[kept][:, :24, :28], rtol=0, atol=1e-4)
     torch.testing.assert_close(found_scores.double(), scores[kept], rtol=0, atol=1e-5)
