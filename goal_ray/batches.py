@@ -17,7 +17,7 @@ from goal_ray.geometry import PixelGeometry, crop_box
 from goal_ray.images import decode_image
 from goal_ray.losses import GoalBatch
 from goal_ray.pairs import PairRecord, best_pairs
-from goal_ray.shards import PAIRS_EXTENSION, Sample
+from goal_ray.tars import PAIRS_EXTENSION, Sample
 from goal_ray.text import CaptionEncoder, pad_batch
 
 

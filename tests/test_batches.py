@@ -12,7 +12,7 @@ from goal_ray.errors import CaptionError, ImageError, ShardError
 from goal_ray.geometry import PixelGeometry, ResizeConfig
 from goal_ray.model import ModelConfig, load_model
 from goal_ray.pairs import Pair, PairRecord, Region
-from goal_ray.shards import Sample
+from goal_ray.tars import Sample
 from goal_ray.text import CaptionEncoder
 
 FIRST, SECOND = "A red half.", "A blue half."

@@ -128,7 +128,7 @@ from goal_ray.model import ModelConfig, load_model, save_model
 from goal_ray.pairs import PairRecord, Region
 from goal_ray.regions import FelzenszwalbConfig, usable
 from goal_ray.scenes.run import SceneSettings, draw_scenes
-from goal_ray.shards import stream_samples
+from goal_ray.tars import stream_samples
 from goal_ray.text import CaptionEncoder, split_sentences
 
 tiny, folder = ModelConfig(sys.argv[1]), Path(sys.argv[2])

@@ -15,8 +15,8 @@ from goal_ray.errors import ConfigError, ModelError, StageError
 from goal_ray.evaluate.embed import describe_skip, embed_shards
 from goal_ray.model import ModelConfig, load_model, usable_device
 from goal_ray.retrieval import retrieval_metrics
-from goal_ray.shards import expand_shards
 from goal_ray.storage import write_bytes
+from goal_ray.tars import expand_shards
 from goal_ray.train.checkpoint import resolve_checkpoint
 
 EVALUATION_FOLDER = "evaluation"

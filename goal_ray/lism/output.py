@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from goal_ray.shards import (
+from goal_ray.storage import join, list_names, open_atomic, open_read, read_bytes, remove, write_bytes
+from goal_ray.tars import (
     PAIRS_EXTENSION,
     Member,
     iter_members,
@@ -21,7 +22,6 @@ from goal_ray.shards import (
     read_member,
     shard_name,
 )
-from goal_ray.storage import join, list_names, open_atomic, open_read, read_bytes, remove, write_bytes
 
 SIMILARITY_BINS = 40
 FIRST_BAD = 5

@@ -22,7 +22,7 @@ from goal_ray.lism.matching import Matcher, MatchTask
 from goal_ray.pairs import Pair, PairRecord, Region
 from goal_ray.ray_session import quiet_ray_data
 from goal_ray.regions import Regions, usable
-from goal_ray.shards import Sample, shard_name, stream_samples
+from goal_ray.tars import Sample, shard_name, stream_samples
 from goal_ray.text import split_sentences
 
 GROUP_BYTES = 128 * 2**20  # of pixels; a block holds one group

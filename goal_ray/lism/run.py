@@ -21,8 +21,8 @@ from goal_ray.lism.config import LismConfig
 from goal_ray.lism.output import OutputFolder, ShardCounts, describe_bad, summary
 from goal_ray.lism.pipeline import Item, WorkerLost, stream_groups
 from goal_ray.ray_session import ray_session
-from goal_ray.shards import expand_shards, shard_name
 from goal_ray.storage import exists, join, read_bytes, size_bytes, write_bytes
+from goal_ray.tars import expand_shards, shard_name
 from goal_ray.text import split_sentences
 
 RESULT_KEYS = ("proposer", "matcher", "language", "min_area", "max_area", "max_side_px", "max_pixels")

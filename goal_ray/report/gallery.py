@@ -12,7 +12,7 @@ from goal_ray.errors import GoalRayError, ShardError
 from goal_ray.images import decode_image, shrink
 from goal_ray.pairs import PairRecord, best_pairs
 from goal_ray.report.colours import colour
-from goal_ray.shards import PAIRS_EXTENSION, Sample, SampleIndex, expand_shards, shard_name
+from goal_ray.tars import PAIRS_EXTENSION, Sample, SampleIndex, expand_shards, shard_name
 from goal_ray.train.scan import read_sample, scan_shard
 
 MAX_SIDE_PX = 560

@@ -26,8 +26,8 @@ from goal_ray.pairs import Pair, PairRecord, Region
 from goal_ray.scenes.captions import Sentence, write_caption
 from goal_ray.scenes.drawing import render
 from goal_ray.scenes.layout import MAX_OBJECTS, Box, crop_scene, full_scene, look_alike
-from goal_ray.shards import PAIRS_EXTENSION, write_tar
 from goal_ray.storage import exists, join, list_names, read_bytes, write_bytes
+from goal_ray.tars import PAIRS_EXTENSION, write_tar
 
 SETTINGS_FILE = "scenes.json"
 # Raise it when the same seed no longer gives the same bytes.

@@ -17,7 +17,7 @@ from goal_ray.model import CONFIG_FILE as MODEL_CONFIG_FILE
 from goal_ray.model import WEIGHTS_FILE
 from goal_ray.order import BatchOrder
 from goal_ray.ray_session import ray_session
-from goal_ray.shards import expand_shards, shard_name
+from goal_ray.tars import expand_shards, shard_name
 from goal_ray.train.checkpoint import check_checkpoint, checkpoint_folders, read_step
 from goal_ray.train.config import TrainConfig
 from goal_ray.train.recorder import METRICS_FILE, ProgressLine, RunRecorder

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from goal_ray.errors import ShardError
-from goal_ray.shards import (
+from goal_ray.storage import open_read
+from goal_ray.tars import (
     CAPTION_EXTENSION,
     PAIRS_EXTENSION,
     Sample,
@@ -12,7 +13,6 @@ from goal_ray.shards import (
     image_extension,
     index_shard,
 )
-from goal_ray.storage import open_read
 
 QUARANTINE_FILE = "quarantine.jsonl"
 

@@ -10,7 +10,7 @@ from goal_ray.demo.accuracy import LismAccuracy, lism_accuracy
 from goal_ray.errors import ShardError, StageError
 from goal_ray.pairs import Pair, PairRecord, Region
 from goal_ray.scenes.run import SceneSettings, draw_scene
-from goal_ray.shards import write_tar
+from goal_ray.tars import write_tar
 
 CAPTION = "A red disc. A blue star. All is calm."
 DISC, STAR, CALM = (0, 11), (12, 24), (25, 37)

@@ -16,7 +16,7 @@ from goal_ray.errors import ConfigError, GoalRayError, ModelError, ShardError, S
 from goal_ray.evaluate.__main__ import main
 from goal_ray.evaluate.run import evaluate, resolve_model, result_place
 from goal_ray.model import WEIGHTS_FILE
-from goal_ray.shards import index_shard, stream_samples, write_tar
+from goal_ray.tars import index_shard, stream_samples, write_tar
 
 DIRECTIONS = ("text_to_image", "image_to_text")
 

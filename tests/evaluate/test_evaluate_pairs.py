@@ -13,7 +13,7 @@ from goal_ray.evaluate.__main__ import main
 from goal_ray.evaluate.run import evaluate
 from goal_ray.pairs import PairRecord, best_pairs
 from goal_ray.scenes.run import SceneSettings, draw_scenes
-from goal_ray.shards import stream_samples, write_tar
+from goal_ray.tars import stream_samples, write_tar
 
 
 def numbers(result: dict, *more: str) -> dict:

@@ -20,7 +20,7 @@ from goal_ray.lism.__main__ import main
 from goal_ray.lism.config import LismConfig
 from goal_ray.lism.run import run_lism
 from goal_ray.pairs import PairRecord
-from goal_ray.shards import stream_samples
+from goal_ray.tars import stream_samples
 
 PAIRED = [name for name, (keys, _) in MIXED.items() if keys]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from goal_ray.pairs import Pair, PairRecord, Region
-from goal_ray.shards import Sample, stream_samples, write_tar
+from goal_ray.tars import Sample, stream_samples, write_tar
 
 
 def pair_by_truth(sample: Sample) -> PairRecord:

@@ -13,7 +13,7 @@ from goal_ray.pairs import Pair, PairRecord, Region
 from goal_ray.report.colours import colour
 from goal_ray.report.gallery import LABEL_RADIUS, VIEW_SIDE, draw_gallery, draw_picture, place_label
 from goal_ray.report.run import write_report
-from goal_ray.shards import Sample, stream_samples, write_tar
+from goal_ray.tars import Sample, stream_samples, write_tar
 
 
 def encoded(width: int, height: int) -> bytes:

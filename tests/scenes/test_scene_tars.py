@@ -11,7 +11,7 @@ from goal_ray.errors import ConfigError, StageError
 from goal_ray.pairs import PairRecord
 from goal_ray.scenes.__main__ import main
 from goal_ray.scenes.run import SceneSettings, draw_scene, draw_scenes
-from goal_ray.shards import stream_samples
+from goal_ray.tars import stream_samples
 
 SMALL = SceneSettings(shard_size=3, size=48)
 

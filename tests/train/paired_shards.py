@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from goal_ray.pairs import Pair, PairRecord, Region
-from goal_ray.shards import write_tar
+from goal_ray.tars import write_tar
 
 SIZE_PX = 40
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (40, 60, 220), "white": (240, 240, 240)}

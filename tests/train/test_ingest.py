@@ -12,7 +12,7 @@ from goal_ray.errors import ShardError
 from goal_ray.losses import LossConfig
 from goal_ray.model import ModelConfig, load_model
 from goal_ray.order import BatchOrder
-from goal_ray.shards import expand_shards, write_tar
+from goal_ray.tars import expand_shards, write_tar
 from goal_ray.train.config import DataConfig, TrainConfig
 from goal_ray.train.ingest import BatchReader, stream_batches
 from goal_ray.train.loop import build_examples

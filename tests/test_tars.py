@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from goal_ray.errors import CaptionError, ShardError
-from goal_ray.shards import Sample, expand_shards, index_shard, split_name, stream_samples, write_tar
+from goal_ray.tars import Sample, expand_shards, index_shard, split_name, stream_samples, write_tar
 
 SAMPLES = [
     ("folder.d/a", {"png": b"1" * 3000, "txt": b"one"}),
