@@ -4,6 +4,8 @@ CLIP resizes the short side and center-crops, so a box in the margin of a wide p
 the picture were squashed would pool the wrong patches.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +19,7 @@ from goal_ray.config import strict
 
 # Of a picture whose short side is resized: the longer side of a thread, 12,000×1 pixels, would become gigabytes.
 MAX_ASPECT = 32
+BoxPx = tuple[int, int, int, int]
 
 
 @strict
@@ -73,10 +76,10 @@ class PixelGeometry:
         A box is clipped to the square. One whose visible share is below `min_visible` becomes (0, 0, 0, 0), which the
         TSL leaves out.
         """
-        image, corner_px = middle(image) if self.config.mode == "shortest" else (image, (0, 0))
-        boxes_px_M4 = np.asarray(boxes_px_M4, np.float32).reshape(-1, 4) - np.array(
-            [*corner_px, *corner_px], np.float32
-        )
+        left, top, right, bottom = self._seen(*image.size)
+        if (right - left, bottom - top) != image.size:
+            image = image.crop((left, top, right, bottom))
+        boxes_px_M4 = np.asarray(boxes_px_M4, np.float32).reshape(-1, 4) - np.array([left, top, left, top], np.float32)
         boxes = tv_tensors.BoundingBoxes(
             torch.from_numpy(boxes_px_M4),
             format="XYXY",
@@ -96,14 +99,22 @@ class PixelGeometry:
         scale = torch.tensor([columns, rows, columns, rows]) / self.size_px
         return np.asarray(square).transpose(2, 0, 1).copy(), (kept_px * scale).numpy()
 
+    def square(self, picture_3HW: torch.Tensor) -> torch.Tensor:
+        """The square of a uint8 picture on any device, (3, size_px, size_px) uint8, without leaving the device.
 
-def middle(image: Image.Image) -> tuple[Image.Image, tuple[int, int]]:
-    """A thread without its ends, which the center crop would cut off anyway, and its corner (left, top) in pixels."""
-    longest = MAX_ASPECT * min(image.size)
-    left, top = (max(0, (side - longest) // 2) for side in image.size)
-    if left == top == 0:
-        return image, (0, 0)
-    return image.crop((left, top, image.width - left, image.height - top)), (left, top)
+        Values differ from those of `__call__`, which PIL resizes, by 2 at most where bicubic does not overshoot black
+        or white: PIL rounds and clips between its two passes.
+        """
+        left, top, right, bottom = self._seen(picture_3HW.shape[2], picture_3HW.shape[1])
+        return self.transform(picture_3HW[:, top:bottom, left:right])
+
+    def _seen(self, width: int, height: int) -> BoxPx:
+        """What is resized: all, but of a thread not its ends, which the center crop would cut off anyway."""
+        longest = MAX_ASPECT * min(width, height)
+        if self.config.mode != "shortest":
+            longest = max(width, height)
+        left, top = (max(0, (side - longest) // 2) for side in (width, height))
+        return left, top, width - left, height - top
 
 
 def area(boxes_M4: torch.Tensor) -> torch.Tensor:
@@ -111,9 +122,13 @@ def area(boxes_M4: torch.Tensor) -> torch.Tensor:
     return (boxes_M4[:, 2] - boxes_M4[:, 0]) * (boxes_M4[:, 3] - boxes_M4[:, 1])
 
 
-def crop_box(image: Image.Image, box_px: tuple[float, float, float, float]) -> Image.Image:
-    """The part of a picture under a box, its background kept; edges rounded outwards, at least one pixel."""
-    x0, y0 = int(np.floor(box_px[0])), int(np.floor(box_px[1]))
-    x1, y1 = int(np.ceil(box_px[2])), int(np.ceil(box_px[3]))
-    x0, y0 = min(max(x0, 0), image.width - 1), min(max(y0, 0), image.height - 1)
-    return image.crop((x0, y0, max(min(x1, image.width), x0 + 1), max(min(y1, image.height), y0 + 1)))
+def outer_box(box_px: Sequence[float], size: tuple[int, int]) -> BoxPx:
+    """The whole pixels under a box: edges rounded outwards, within the picture of `size` (W, H), at least one pixel."""
+    width, height = size
+    x0, y0 = min(max(math.floor(box_px[0]), 0), width - 1), min(max(math.floor(box_px[1]), 0), height - 1)
+    return x0, y0, max(min(width, math.ceil(box_px[2])), x0 + 1), max(min(height, math.ceil(box_px[3])), y0 + 1)
+
+
+def crop_box(image: Image.Image, box_px: Sequence[float]) -> Image.Image:
+    """The part of a picture under a box, its background kept."""
+    return image.crop(outer_box(box_px, image.size))

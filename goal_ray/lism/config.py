@@ -16,15 +16,27 @@ class MatcherConfig:
     model: the CLIP (the published run used ViT-L-14-336 with weights openai)
     crop_mode: how crops become the model's square
     batch: crops, or sentences, per forward pass
+    precision: of the forward passes; similarities are computed in fp32
+    regions_per_sentence: the most similar regions that each sentence is paired with (the paper: 1); a training step
+        uses the best of them that is left
+    min_similarity: pairs below this cosine are left out, and a sentence may stay without a region
+    mutual_best: keep a pair only where, of the caption's sentences, its own is the most similar to the region
     """
 
     model: ModelConfig = field(default_factory=lambda: ModelConfig("ViT-L-14-336", "openai"))
     crop_mode: Literal["shortest", "squash"] = "shortest"
     batch: int = 256
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    regions_per_sentence: int = 1
+    min_similarity: float = -1.0
+    mutual_best: bool = False
 
     def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise ValueError("batch must be at least 1")
+        for name in ("batch", "regions_per_sentence"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
+        if not -1 <= self.min_similarity <= 1:
+            raise ValueError("min_similarity is a cosine, between -1 and 1")
 
 
 @strict

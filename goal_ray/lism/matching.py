@@ -1,18 +1,22 @@
 """Matching sentences with regions by a frozen CLIP, batched over pictures. Core: no Ray."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
-from goal_ray.geometry import PixelGeometry, ResizeConfig, crop_box
+from goal_ray.geometry import PixelGeometry, ResizeConfig, outer_box
 from goal_ray.lism.config import MatcherConfig
 from goal_ray.model import encode_image, encode_text, load_model
 from goal_ray.pairs import Pair
 from goal_ray.text import CaptionEncoder, pad_batch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -25,13 +29,16 @@ class MatchTask:
 
 
 class Matcher:
-    """Finds for every sentence the candidate box whose crop is most similar to it (METHOD, step 1.4)."""
+    """Compares sentences with the crops under candidate boxes, and picks pairs (METHOD, step 1.4).
+
+    Each picture goes to the device once; its crops are cut and resized there.
+    """
 
     def __init__(self, config: MatcherConfig, device: str):
         loaded = load_model(config.model)
+        self.config = config
         self.clip = loaded.clip.eval().to(device)
-        self.device = device
-        self.batch = config.batch
+        self.device = torch.device(device)
         self.encoder = CaptionEncoder(loaded.tokenizer)
         self.context_length = loaded.context_length
         crop = ResizeConfig(mode=config.crop_mode)
@@ -41,40 +48,59 @@ class Matcher:
 
     @torch.inference_mode()
     def match(self, tasks: Sequence[MatchTask]) -> list[list[Pair]]:
-        """For every task one Pair per sentence, in order; `Pair.region` counts its candidate boxes."""
-        images = [Image.fromarray(task.picture_HW3) for task in tasks]
-        crops_RE = self._embed_crops(
-            [(image, box) for image, task in zip(images, tasks, strict=True) for box in task.boxes_px_R4]
-        )
+        """The pairs of every task, ordered by sentence, then best first; `Pair.region` counts its candidate boxes.
+
+        All crops go through the model together, and so do all sentences, each text once.
+        """
+        crops_RE = self._embed(self._crops(tasks), self._embed_crops)
         texts = list(dict.fromkeys(sentence for task in tasks for sentence in task.sentences))
         row = {text: number for number, text in enumerate(texts)}
-        texts_SE = self._embed_texts(texts)
-        pairs, first = [], 0
+        ids = (self.encoder.encode(text, [], self.context_length).ids for text in texts)
+        texts_SE = self._embed(ids, self._embed_texts)
+        regions = crops_RE.split([len(task.boxes_px_R4) for task in tasks])
+        return [
+            pick_pairs(texts_SE[[row[sentence] for sentence in task.sentences]] @ mine_RE.T, self.config)
+            for task, mine_RE in zip(tasks, regions, strict=True)
+        ]
+
+    def _crops(self, tasks: Sequence[MatchTask]) -> Iterator[torch.Tensor]:
+        """The crops of all tasks as the model's squares, (3, S, S) uint8, on the device."""
         for task in tasks:
-            mine_RE = crops_RE[first : first + len(task.boxes_px_R4)]
-            first += len(task.boxes_px_R4)
-            similarity_SR = texts_SE[[row[sentence] for sentence in task.sentences]] @ mine_RE.T
-            best_S, region_S = similarity_SR.max(dim=1)
-            found = zip(region_S.tolist(), best_S.tolist(), strict=True)
-            pairs.append([Pair(sentence, region, value) for sentence, (region, value) in enumerate(found)])
-        return pairs
+            height, width = task.picture_HW3.shape[:2]
+            # A copy, since torch takes no read-only array, and what came through Ray is one.
+            picture_3HW = torch.from_numpy(task.picture_HW3.copy()).to(self.device).permute(2, 0, 1)
+            for box in task.boxes_px_R4.tolist():
+                x0, y0, x1, y1 = outer_box(box, (width, height))
+                yield self.geometry.square(picture_3HW[:, y0:y1, x0:x1])
 
-    def _embed_crops(self, crops: Sequence[tuple[Image.Image, np.ndarray]]) -> torch.Tensor:
-        chunks = []
-        for start in range(0, len(crops), self.batch):
-            squares = [
-                self.geometry(crop_box(image, tuple(box)), np.empty((0, 4)))[0]
-                for image, box in crops[start : start + self.batch]
-            ]
-            pixels = torch.from_numpy(np.stack(squares)).to(self.device)
-            scaled = (pixels.float() / 255 - self.mean) / self.std
-            chunks.append(F.normalize(encode_image(self.clip, scaled).pooled_BE.float(), dim=-1))
+    def _embed(self, inputs: Iterable[T], embed: Callable[[list[T]], torch.Tensor]) -> torch.Tensor:
+        """Embeddings of unit length in fp32, `batch` inputs a pass."""
+        source, chunks = iter(inputs), []
+        with torch.autocast(self.device.type, DTYPES[self.config.precision], self.config.precision != "fp32"):
+            while some := list(islice(source, self.config.batch)):
+                chunks.append(F.normalize(embed(some).float(), dim=-1))
         return torch.cat(chunks)
 
-    def _embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        ids = [self.encoder.encode(text, [], self.context_length).ids for text in texts]
-        chunks = []
-        for start in range(0, len(ids), self.batch):
-            batch_BL = torch.from_numpy(pad_batch(ids[start : start + self.batch])).to(self.device)
-            chunks.append(F.normalize(encode_text(self.clip, batch_BL).pooled_BE.float(), dim=-1))
-        return torch.cat(chunks)
+    def _embed_crops(self, squares: list[torch.Tensor]) -> torch.Tensor:
+        return encode_image(self.clip, (torch.stack(squares).float() / 255 - self.mean) / self.std).pooled_BE
+
+    def _embed_texts(self, ids: list[np.ndarray]) -> torch.Tensor:
+        return encode_text(self.clip, torch.from_numpy(pad_batch(ids)).to(self.device)).pooled_BE
+
+
+def pick_pairs(similarity_SR: torch.Tensor, config: MatcherConfig) -> list[Pair]:
+    """The pairs that the config asks for, ordered by sentence, then best first; of equal ones, the first region.
+
+    similarity_SR  cosines of a caption's sentences with a picture's candidates
+    """
+    values_SK, regions_SK = similarity_SR.sort(dim=1, descending=True, stable=True)
+    count = min(config.regions_per_sentence, similarity_SR.shape[1])
+    values_SK, regions_SK = values_SK[:, :count], regions_SK[:, :count]
+    # Not `>=`: a NaN has to reach the record, which refuses it, so that the sample is quarantined.
+    kept_SK = ~(values_SK < config.min_similarity)
+    if config.mutual_best:
+        sentences_S1 = torch.arange(len(similarity_SR), device=similarity_SR.device)[:, None]
+        kept_SK &= similarity_SR.argmax(dim=0)[regions_SK] == sentences_S1
+    sentences_P = kept_SK.nonzero()[:, 0]
+    found = zip(sentences_P.tolist(), regions_SK[kept_SK].tolist(), values_SK[kept_SK].tolist(), strict=True)
+    return [Pair(sentence, region, value) for sentence, region, value in found]
