@@ -5,6 +5,7 @@ from typing import Literal
 
 from goal_ray.config import strict
 from goal_ray.model import ModelConfig
+from goal_ray.precision import Precision
 from goal_ray.regions import FelzenszwalbConfig, ProposerConfig
 
 
@@ -26,7 +27,7 @@ class MatcherConfig:
     model: ModelConfig = field(default_factory=lambda: ModelConfig("ViT-L-14-336", "openai"))
     crop_mode: Literal["shortest", "squash"] = "shortest"
     batch: int = 256
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     regions_per_sentence: int = 1
     min_similarity: float = -1.0
     mutual_best: bool = False

@@ -13,9 +13,9 @@ from goal_ray.geometry import PixelGeometry, ResizeConfig, outer_box
 from goal_ray.lism.config import MatcherConfig
 from goal_ray.model import encode_image, encode_text, load_model
 from goal_ray.pairs import Pair
+from goal_ray.precision import autocast
 from goal_ray.text import CaptionEncoder, pad_batch
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 T = TypeVar("T")
 
 
@@ -76,7 +76,7 @@ class Matcher:
     def _embed(self, inputs: Iterable[T], embed: Callable[[list[T]], torch.Tensor]) -> torch.Tensor:
         """Embeddings of unit length in fp32, `batch` inputs a pass."""
         source, chunks = iter(inputs), []
-        with torch.autocast(self.device.type, DTYPES[self.config.precision], self.config.precision != "fp32"):
+        with autocast(self.device, self.config.precision):
             while some := list(islice(source, self.config.batch)):
                 chunks.append(F.normalize(embed(some).float(), dim=-1))
         return torch.cat(chunks)

@@ -283,8 +283,11 @@ class MatchSentences:
         (width, height), (shown_height, shown_width) = item.size, item.picture_HW3.shape[:2]
         scale = (width / shown_width, height / shown_height)
         whole = Region((0.0, 0.0, float(width), float(height)), 1.0, "image")
-        found = zip(item.regions.boxes_px.tolist(), item.regions.scores.tolist(), strict=True)
-        regions = [Region(scale_box(box, scale, item.size), score, item.regions.source) for box, score in found]
+        found = (item.regions.boxes_px, item.regions.scores, item.regions.sources)
+        regions = [
+            Region(scale_box(box, scale, item.size), score, source)
+            for box, score, source in zip(*(array.tolist() for array in found), strict=True)
+        ]
         return PairRecord(item.size, item.sentences, (whole, *regions), tuple(pairs), self.provenance).to_bytes()
 
 

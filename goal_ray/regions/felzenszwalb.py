@@ -15,7 +15,7 @@ from scipy import ndimage  # type: ignore[import-untyped]
 
 from goal_ray.config import strict
 from goal_ray.images import shrink
-from goal_ray.regions.protocol import RegionProposer, Regions
+from goal_ray.regions.protocol import RegionProposer, Regions, all_from
 
 BINS = 8  # of the histogram, per channel
 
@@ -123,7 +123,9 @@ def merge_tree(image_HW3: np.ndarray, labels_HW: np.ndarray) -> Regions:
             neighbours[other] -= {a, b}
             meet(merged, other)
     scores_R = 1 - np.array(likeness, np.float32)
-    return Regions(np.array(boxes, np.float32), scores_R, np.array(sizes, np.float32), "felzenszwalb")
+    return Regions(
+        np.array(boxes, np.float32), scores_R, np.array(sizes, np.float32), all_from("felzenszwalb", len(boxes))
+    )
 
 
 def colour_histograms(image_HW3: np.ndarray, labels_HW: np.ndarray, count: int) -> np.ndarray:

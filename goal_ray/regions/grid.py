@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from goal_ray.config import strict
-from goal_ray.regions.protocol import RegionProposer, Regions
+from goal_ray.regions.protocol import RegionProposer, Regions, all_from
 
 
 @strict
@@ -52,7 +52,7 @@ class GridProposer:
         """The cells of an image of this size."""
         boxes_R4 = (self.unit_boxes_R4 * [width, height, width, height]).astype(np.float32)
         areas_R = (boxes_R4[:, 2:] - boxes_R4[:, :2]).prod(axis=1)
-        return Regions(boxes_R4, np.ones(len(boxes_R4), np.float32), areas_R, "grid")
+        return Regions(boxes_R4, np.ones(len(boxes_R4), np.float32), areas_R, all_from("grid", len(boxes_R4)))
 
 
 def cells(count: int, overlap: float) -> np.ndarray:

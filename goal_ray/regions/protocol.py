@@ -16,13 +16,18 @@ class Regions:
     boxes_px  (R, 4) float32, x0, y0, x1, y1 with exclusive x1, y1: the edges of pixels, not their centres
     scores    (R,) float32, the better the higher; comparable within one source only
     areas_px  (R,) float32, area of the mask where the proposer has masks, else of the box
-    source    the proposer's name, as stored in pairs.json
+    sources   (R,) str, the proposers' names, as stored in pairs.json
     """
 
     boxes_px: np.ndarray
     scores: np.ndarray
     areas_px: np.ndarray
-    source: str
+    sources: np.ndarray
+
+
+def all_from(source: str, count: int) -> np.ndarray:
+    """`Regions.sources` of `count` regions that one proposer found."""
+    return np.full(count, source)
 
 
 class RegionProposer(Protocol):
@@ -56,4 +61,4 @@ def usable(
     # nms sees ranks, not scores, so that its order is this order also among equal scores.
     ranks = torch.arange(len(kept), 0, -1, dtype=torch.float32)
     kept = kept[nms(torch.from_numpy(boxes_R4[kept]), ranks, max_iou).numpy()]
-    return Regions(boxes_R4[kept], regions.scores[kept].astype(np.float32), areas_R[kept], regions.source)
+    return Regions(boxes_R4[kept], regions.scores[kept].astype(np.float32), areas_R[kept], regions.sources[kept])

@@ -19,16 +19,17 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from goal_ray.config import strict
+from goal_ray.precision import DTYPES, Precision
 from goal_ray.regions.mask_geometry import area_above, mask_boxes, pixels_near, sample_at
-from goal_ray.regions.protocol import RegionProposer, Regions
+from goal_ray.regions.protocol import RegionProposer, Regions, all_from
 from goal_ray.regions.sam_decoder import decode_points
-from goal_ray.regions.sam_weights import OFFICIAL, check_sum, find_checkpoint, load_sam
+from goal_ray.regions.sam_weights import ADVICE, OFFICIAL, load_sam
+from goal_ray.regions.weights import check_sum, find_checkpoint
 
 CROP_EDGE_PX = 20.0  # a mask so near the edge of a crop is thought cut off; the official generator's tolerance
 # How far a stability read off the decoder's mask was seen to be from the official one, for large masks, and times the
 # number of cells for small ones.
 STABILITY_ERROR, SMALL_MASK_ERROR = 0.01, 5.0
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @strict
@@ -69,7 +70,7 @@ class SamConfig:
     crop_nms_thresh: float = 0.7
     crop_overlap_ratio: float = 512 / 1500
     crop_n_points_downscale_factor: int = 1
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
         for name in ("points_per_side", "points_per_batch", "images_per_batch", "crop_n_points_downscale_factor"):
@@ -83,11 +84,11 @@ class SamConfig:
 
     def check(self) -> None:
         """Raises ModelError for a missing checkpoint."""
-        find_checkpoint(self.checkpoint)
+        find_checkpoint(self.checkpoint, ADVICE)
 
     def build(self, device: str = "cpu") -> RegionProposer:
         """Loads the model. Raises ModelError for a missing, changed or unfitting checkpoint."""
-        path = find_checkpoint(self.checkpoint)
+        path = find_checkpoint(self.checkpoint, ADVICE)
         check_sum(path, self.sha256 or OFFICIAL.get(path.name))
         return SamProposer(load_sam(path).to(device), self)
 
@@ -257,4 +258,6 @@ class SamProposer:
             smallness_R = [torch.full_like(each.scores_R, 1 / each.view.pixels_HW3[..., 0].size) for each in found]
             kept = nms(boxes_R4, torch.cat(smallness_R), self.config.crop_nms_thresh)
             boxes_R4, scores_R, areas_R = boxes_R4[kept], scores_R[kept], areas_R[kept]
-        return Regions(boxes_R4.cpu().numpy(), scores_R.cpu().numpy(), areas_R.cpu().numpy(), "sam")
+        return Regions(
+            boxes_R4.cpu().numpy(), scores_R.cpu().numpy(), areas_R.cpu().numpy(), all_from("sam", len(boxes_R4))
+        )

@@ -1,10 +1,6 @@
-"""SAM's and MobileSAM's weights: finding, checking and loading a checkpoint, without executing anything from it."""
+"""A SAM or MobileSAM from its weights."""
 
-import hashlib
-import os
-import pickle
 import re
-import textwrap
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -14,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from goal_ray.errors import ModelError
+from goal_ray.regions.weights import read_state
 
 ENCODER = "image_encoder."
 TINY_VIT = f"{ENCODER}patch_embed.seq."
-WEIGHTS_FOLDER = "GOAL_RAY_WEIGHTS"
 DOWNLOADS = "https://dl.fbaipublicfiles.com/segment_anything"
 # sha256 of the official checkpoints.
 OFFICIAL = {
@@ -25,30 +21,7 @@ OFFICIAL = {
     "sam_vit_l_0b3195.pth": "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
     "sam_vit_h_4b8939.pth": "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
 }
-
-
-def find_checkpoint(checkpoint: Path) -> Path:
-    """The file itself, or the one of that name in GOAL_RAY_WEIGHTS. Raises ModelError where neither is there."""
-    folder = os.environ.get(WEIGHTS_FOLDER)
-    places = [checkpoint] if folder is None else [checkpoint, Path(folder) / checkpoint]
-    for place in places:
-        if place.is_file():
-            return place
-    urls = ", ".join(f"{DOWNLOADS}/{name}" for name in OFFICIAL)
-    raise ModelError(
-        f"no SAM checkpoint at {' or '.join(map(str, places))}; download one of {urls} and set checkpoint to its path, "
-        f"or put it into a folder that the environment variable {WEIGHTS_FOLDER} names"
-    )
-
-
-def check_sum(path: Path, sha256: str | None) -> None:
-    """Raises ModelError where a checksum is wanted and the file has another."""
-    if sha256 is None:
-        return
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256.lower():
-        raise ModelError(f"{path}: sha256 is {found}, not {sha256.lower()}; download it again")
+ADVICE = f"download one of {', '.join(f'{DOWNLOADS}/{name}' for name in OFFICIAL)}"
 
 
 def load_sam(path: Path) -> Any:
@@ -56,21 +29,12 @@ def load_sam(path: Path) -> Any:
 
     Raises ModelError where the file is damaged or no SAM.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+    state = read_state(path)
     try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
         if any(name.startswith(TINY_VIT) for name in state):
             state = as_timm(state)
         sam = empty_sam({name: tuple(tensor.shape) for name, tensor in state.items()})
         sam.load_state_dict(state)
-    except (pickle.UnpicklingError, SafetensorError, EOFError, OSError) as error:
-        reason = textwrap.shorten(str(error), 200)  # torch explains at length
-        raise ModelError(f"{path}: damaged, or not a weights file: {reason}; download it again") from error
     except (AttributeError, KeyError, IndexError, RuntimeError) as error:
         raise ModelError(f"{path}: not a SAM checkpoint: {error}; one of {', '.join(OFFICIAL)} is") from error
     return sam.float().eval()

@@ -236,7 +236,7 @@ class TestRefusedBeforeRayStarts:
     @pytest.mark.parametrize(
         ("settings", "kind", "error"),
         [
-            (["proposer.name=sam", "proposer.checkpoint=/none/sam.pth"], ModelError, r"no SAM checkpoint at /none/sam"),
+            (["proposer.name=sam", "proposer.checkpoint=/none/sam.pth"], ModelError, r"no checkpoint at /none/sam"),
             (["language=English"], ConfigError, "'English' is not"),
         ],
     )

@@ -71,7 +71,12 @@ class Refuses:
         if any(image[0, 0].sum() == 0 for image in images):
             raise RuntimeError("no segments")
         return [
-            Regions(np.array([[0, 0, 9, 9]], np.float32), np.ones(1, np.float32), np.array([81.0], np.float32), "x")
+            Regions(
+                np.array([[0, 0, 9, 9]], np.float32),
+                np.ones(1, np.float32),
+                np.array([81.0], np.float32),
+                np.array(["x"]),
+            )
             for _ in images
         ]
 

@@ -18,7 +18,7 @@ def test_default_gives_four_and_nine_cells():
     (regions,) = divide(GridConfig(), (60, 30))
     assert len(regions.boxes_px) == 13
     assert regions.boxes_px[:4].tolist() == [[0, 0, 30, 15], [30, 0, 60, 15], [0, 15, 30, 30], [30, 15, 60, 30]]
-    assert regions.source == "grid"
+    assert set(regions.sources) == {"grid"}
 
 
 def test_images_of_different_sizes_each_get_their_own_division():

@@ -9,6 +9,7 @@ from hypothesis.extra.numpy import arrays
 from torchvision.ops import box_iou
 
 from goal_ray.regions import Regions, usable
+from goal_ray.regions.protocol import all_from
 
 SIZE = (100, 50)
 
@@ -17,7 +18,7 @@ def regions(boxes, scores=None, areas=None):
     boxes = np.array(boxes, np.float32).reshape(-1, 4)
     scores = np.ones(len(boxes)) if scores is None else np.array(scores)
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(1) if areas is None else np.array(areas)
-    return Regions(boxes, scores.astype(np.float32), areas.astype(np.float32), "test")
+    return Regions(boxes, scores.astype(np.float32), areas.astype(np.float32), all_from("test", len(boxes)))
 
 
 def test_area_limits_are_inclusive():
@@ -50,7 +51,7 @@ def test_of_near_duplicates_the_higher_score_stays():
 def test_no_regions_stay_no_regions():
     kept = usable(regions([]), SIZE)
     assert kept.boxes_px.shape == (0, 4)
-    assert kept.source == "test"
+    assert kept.sources.shape == (0,)
 
 
 SCORES = st.sampled_from([0.25, 0.5, 1.0])  # few values, so that ties are common

@@ -1,0 +1,157 @@
+"""Regions from an object detector, with a regular division of the image beside it: FAST-GOAL's FLISM."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchvision.models import detection, get_model, list_models
+from torchvision.ops import FrozenBatchNorm2d, nms
+
+from goal_ray.config import strict
+from goal_ray.errors import ModelError
+from goal_ray.precision import Precision, autocast
+from goal_ray.regions.grid import GridConfig, GridProposer
+from goal_ray.regions.protocol import RegionProposer, Regions, all_from
+from goal_ray.regions.weights import check_sum, find_checkpoint, read_state
+
+DETECTORS = tuple(list_models(module=detection))
+ADVICE = "download weights of this model (torchvision's documentation links them)"
+# torchvision's own checkpoints carry the beginning of their sha256 in the name.
+TORCHVISION_NAME = re.compile(r"-([0-9a-f]{8})\.pth$")
+# torchvision runs these, and only these, without the epsilon of batch normalisation.
+WITHOUT_EPSILON = (
+    "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth",
+    "maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth",
+    "keypointrcnn_resnet50_fpn_coco-fc266e95.pth",
+    "retinanet_resnet50_fpn_coco-eeacb38b.pth",
+)
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
+class DetectorConfig:
+    """An object detector and a regular division of the image: FAST-GOAL's FLISM (arXiv 2605.26615).
+
+    name: detector
+    model: one of torchvision's detection models, such as fasterrcnn_resnet50_fpn_v2
+    checkpoint: its weights, or their file name in the folder GOAL_RAY_WEIGHTS
+    sha256: refuse a checkpoint with another checksum; files named as torchvision names them are checked anyway
+    classes: that the weights know, with the background (COCO: 91, people's keypoints: 2)
+    score_thresh: leave out detections that the model is less sure of; it has a lower threshold of its own
+    box_nms_thresh: of two detections, of whatever class, that overlap more, the surer one stays
+    max_detections: the surest ones
+    levels: cells per side of the regular division, as in grid, with score 0; [] gives detections alone
+    images_per_batch: pictures per forward pass
+    precision: of the forward pass
+    """
+
+    name: Literal["detector"] = "detector"
+    model: str
+    checkpoint: Path
+    sha256: str | None = None
+    classes: int = 91
+    score_thresh: float = 0.3
+    box_nms_thresh: float = 0.7
+    max_detections: int = 100
+    levels: tuple[int, ...] = (2, 3)
+    images_per_batch: int = 8
+    precision: Precision = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.model not in DETECTORS:
+            raise ValueError(f"model must be one of torchvision's detectors: {', '.join(DETECTORS)}")
+        for name, least in {"classes": 2, "max_detections": 1, "images_per_batch": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}")
+        if self.levels:
+            GridConfig(levels=self.levels)  # refuses impossible ones
+
+    def check(self) -> None:
+        """Raises ModelError for a missing checkpoint."""
+        find_checkpoint(self.checkpoint, ADVICE)
+
+    def build(self, device: str = "cpu") -> RegionProposer:
+        """Loads the model. Raises ModelError for a missing, changed or unfitting checkpoint."""
+        path = find_checkpoint(self.checkpoint, ADVICE)
+        named = TORCHVISION_NAME.search(path.name)
+        check_sum(path, self.sha256 or (named[1] if named else None))
+        return DetectorProposer(load_detector(self.model, self.classes, path).to(device), self)
+
+
+class DetectorProposer:
+    """Regions of a loaded torchvision detector, on the device where it is; scores are the detector's."""
+
+    def __init__(self, model: nn.Module, config: DetectorConfig):
+        self.model = model
+        self.config = config
+        self.grid = GridProposer(GridConfig(levels=config.levels)) if config.levels else None
+
+    @torch.inference_mode()
+    def propose(self, images: Sequence[np.ndarray]) -> list[Regions]:
+        """The detections on each image, surest first, then the cells of the grid."""
+        found: list[Regions] = []
+        for start in range(0, len(images), self.config.images_per_batch):
+            found += self.detect(images[start : start + self.config.images_per_batch])
+        if self.grid is None:
+            return found
+        return [beside(mine, cells) for mine, cells in zip(found, self.grid.propose(images), strict=True)]
+
+    def detect(self, images: Sequence[np.ndarray]) -> list[Regions]:
+        """The detections on a batch of images, of any sizes."""
+        device = next(self.model.parameters()).device
+        # A copy, since torch takes no read-only array, and what came through Ray is one.
+        pixels = [torch.from_numpy(image.copy()).to(device).permute(2, 0, 1).float() / 255 for image in images]
+        with autocast(device, self.config.precision):
+            outputs = self.model(pixels)
+        return [self.thin(output["boxes"].float(), output["scores"].float()) for output in outputs]
+
+    def thin(self, boxes_R4: Tensor, scores_R: Tensor) -> Regions:
+        """The detections worth keeping."""
+        sure = scores_R >= self.config.score_thresh
+        boxes_R4, scores_R = boxes_R4[sure], scores_R[sure]
+        kept = nms(boxes_R4, scores_R, self.config.box_nms_thresh)[: self.config.max_detections]
+        boxes_R4, scores_R = boxes_R4[kept], scores_R[kept]
+        areas_R = (boxes_R4[:, 2:] - boxes_R4[:, :2]).prod(1)
+        boxes_px, scores, areas_px = (each.cpu().numpy() for each in (boxes_R4, scores_R, areas_R))
+        return Regions(boxes_px, scores, areas_px, all_from("detector", len(kept)))
+
+
+def beside(found: Regions, cells: Regions) -> Regions:
+    """Detections, and cells with a score below any of theirs."""
+    return Regions(
+        np.concatenate([found.boxes_px, cells.boxes_px]),
+        np.concatenate([found.scores, np.zeros_like(cells.scores)]),
+        np.concatenate([found.areas_px, cells.areas_px]),
+        np.concatenate([found.sources, cells.sources]),
+    )
+
+
+def load_detector(name: str, classes: int, path: Path) -> nn.Module:
+    """A torchvision detector with the weights of a state dict, in eval mode, on the CPU; finds boxes only.
+
+    Raises ModelError where the file is damaged, or its weights are of another model.
+    """
+    state = read_state(path)
+    model: Any = get_model(name, weights=None, weights_backbone=None, num_classes=classes)
+    # A counter of training steps, which frozen normalisation does not store and detecting does not read.
+    counters = {key for key in model.state_dict() if key.endswith("num_batches_tracked")}
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise ModelError(f"{path}: not weights of {name} with classes={classes}: {error}") from error
+    strangers = sorted((set(missing) - counters) | set(unexpected))
+    if strangers:
+        raise ModelError(f"{path}: not weights of {name}: {len(strangers)} tensors differ, such as {strangers[0]}")
+    if path.name in WITHOUT_EPSILON:
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d | FrozenBatchNorm2d):
+                module.eps = 0.0
+    heads = getattr(model, "roi_heads", None)
+    if heads is not None:  # masks and keypoints would be computed for nothing
+        heads.mask_roi_pool = heads.keypoint_roi_pool = None
+    return model.eval()
