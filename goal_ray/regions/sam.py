@@ -20,9 +20,10 @@ from torchvision.ops import nms
 
 from goal_ray.config import strict
 from goal_ray.precision import DTYPES, Precision
+from goal_ray.regions.mask_cleaning import clean
 from goal_ray.regions.mask_geometry import area_above, mask_boxes, pixels_near, sample_at
 from goal_ray.regions.protocol import RegionProposer, Regions, all_from
-from goal_ray.regions.sam_decoder import decode_points
+from goal_ray.regions.sam_decoder import decode_points, two_way
 from goal_ray.regions.sam_weights import ADVICE, OFFICIAL, load_sam
 from goal_ray.regions.weights import check_sum, find_checkpoint
 
@@ -53,7 +54,9 @@ class SamConfig:
     crop_nms_thresh: box_nms_thresh between crops; masks from smaller crops stay
     crop_overlap_ratio: how much crops overlap, as a share of the picture
     crop_n_points_downscale_factor: layer i has points_per_side divided by the i-th power of this
+    min_mask_region_area: fill holes, and remove islands, of fewer pixels of the picture than this
     precision: of the encoder and the decoder
+    compile: torch.compile the encoder and the decoder's transformer: minutes at the start, faster afterwards
     """
 
     name: Literal["sam"] = "sam"
@@ -70,13 +73,17 @@ class SamConfig:
     crop_nms_thresh: float = 0.7
     crop_overlap_ratio: float = 512 / 1500
     crop_n_points_downscale_factor: int = 1
+    min_mask_region_area: int = 0
     precision: Precision = "fp32"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("points_per_side", "points_per_batch", "images_per_batch", "crop_n_points_downscale_factor"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1")
+        if self.min_mask_region_area < 0:
+            raise ValueError("min_mask_region_area must not be negative")
         if not 0 <= self.crop_n_layers <= 4:
             raise ValueError("crop_n_layers must be between 0 and 4")
         if self.points_per_side < self.crop_n_points_downscale_factor**self.crop_n_layers:
@@ -111,12 +118,16 @@ class View:
 
 @dataclass(frozen=True)
 class Found:
-    """Masks on one view: boxes (R, 4) and areas (R,) in pixels of the image, predicted IoUs (R,); on the device."""
+    """Masks on one view: boxes (R, 4) and areas (R,) in pixels of the image, predicted IoUs (R,); on the device.
+
+    cleaned  boxes (R, 4), areas (R,) and whether they differ (R,), without small holes and islands, where asked for
+    """
 
     view: View
     boxes_R4: Tensor
     scores_R: Tensor
     areas_R: Tensor
+    cleaned: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 class SamProposer:
@@ -132,6 +143,8 @@ class SamProposer:
         self.points_per_batch = config.points_per_batch or (16 if sam.device.type == "cpu" else 64)
         sam.image_encoder.to(self.dtype, memory_format=torch.channels_last)
         sam.mask_decoder.to(self.dtype)
+        self.encode = torch.compile(sam.image_encoder) if config.compile else sam.image_encoder
+        self.transform_tokens = torch.compile(two_way) if config.compile else two_way
         with torch.inference_mode():
             self.pe_NC = sam.prompt_encoder.get_dense_pe()[0].flatten(1).T.to(self.dtype)
         self.transform = ResizeLongestSide(sam.image_encoder.img_size)
@@ -171,7 +184,7 @@ class SamProposer:
         # apply_image may give back the caller's array, which torch will not take where it is read-only.
         pixels = [torch.from_numpy(np.array(image)).permute(2, 0, 1).to(sam.device) for image in resized]
         inputs_I3SS = torch.stack([sam.preprocess(each) for each in pixels])
-        features_ICHW = sam.image_encoder(inputs_I3SS.to(self.dtype, memory_format=torch.channels_last))
+        features_ICHW = self.encode(inputs_I3SS.to(self.dtype, memory_format=torch.channels_last))
         step_px = sam.image_encoder.img_size // features_ICHW.shape[-1]
         valid = tuple(-(-max(sides) // step_px) for sides in zip(*sizes, strict=True))
         unit_P2 = torch.as_tensor(self.unit_points[views[0].layer], dtype=torch.float32, device=sam.device)
@@ -183,7 +196,13 @@ class SamProposer:
             some = slice(start, start + together)
             for points_P2 in unit_P2.split(self.points_per_batch):
                 logits_MHW, scores_M, image_M = decode_points(
-                    sam, features_ICHW[some], self.pe_NC, points_P2 * scale_I12[some], valid, config.pred_iou_thresh
+                    sam,
+                    features_ICHW[some],
+                    self.pe_NC,
+                    points_P2 * scale_I12[some],
+                    valid,
+                    config.pred_iou_thresh,
+                    self.transform_tokens,
                 )
                 for number, (view, size) in enumerate(zip(views[some], sizes[some], strict=True), start):
                     mine = image_M == number - start
@@ -196,15 +215,17 @@ class SamProposer:
 
     def measure(
         self, logits_MHW: Tensor, scores_M: Tensor, size_px: tuple[int, int], view_px: tuple[int, int]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes (R, 4), areas (R,) and scores (R,) of the stable masks, in pixels of the model's input.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Boxes (R, 4), areas (R,), scores (R,) and logits of the stable masks, in pixels of the model's input.
+
+        The logits are (R, H, W) where min_mask_region_area needs them, else (R, 0, 0).
 
         size_px  (H, W) of the picture within the model's input; the rest is padding
         view_px  (H, W) of the picture itself
         """
         from segment_anything.utils.amg import calculate_stability_score
 
-        cell_px = self.sam.image_encoder.img_size // (4 * self.sam.prompt_encoder.image_embedding_size[0])
+        cell_px = self.cell_px
         rows, columns = (-(-side // cell_px) for side in size_px)
         logits_MHW = logits_MHW - self.sam.mask_threshold
         shown_MHW = logits_MHW[:, :rows, :columns]
@@ -218,22 +239,41 @@ class SamProposer:
             stability_M[some_U] = calculate_stability_score(shown, 0.0, self.config.stability_score_offset)
         good_M = stability_M >= self.config.stability_score_thresh
 
-        size_cells = (size_px[0] / cell_px, size_px[1] / cell_px)
-        y_H, x_W = (
-            pixels_near(*each).to(logits_MHW) for each in zip((rows, columns), view_px, size_cells, strict=True)
-        )
-        sampled_RHW = sample_at(sample_at(logits_MHW[good_M], y_H, 1), x_W, 2)
-        seen_R = (sampled_RHW > 0).flatten(1).any(1)
-        boxes_R4 = mask_boxes(sampled_RHW[seen_R], x_W, y_H, size_cells) * cell_px
-        area_R = area_above(shown_MHW[good_M][seen_R], 0.0) * cell_px**2
-        return boxes_R4, area_R, scores_M[good_M][seen_R]
+        shown_RHW, scores_R = shown_MHW[good_M], scores_M[good_M]
+        boxes_R4, areas_R, seen_R = self.extent(shown_RHW, size_px, view_px)
+        kept_RHW = shown_RHW if self.config.min_mask_region_area else shown_RHW[:, :0, :0]
+        return boxes_R4[seen_R], areas_R[seen_R], scores_R[seen_R], kept_RHW[seen_R]
+
+    @property
+    def cell_px(self) -> int:
+        """Side of a cell of the decoder's masks, in pixels of the model's input."""
+        return self.sam.image_encoder.img_size // (4 * self.sam.prompt_encoder.image_embedding_size[0])
+
+    def extent(
+        self, logits_RHW: Tensor, size_px: tuple[int, int], view_px: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes (R, 4) and areas (R,) in pixels of the model's input, and whether any pixel shows the mask (R,)."""
+        cells = logits_RHW.shape[1:]
+        size_cells = (size_px[0] / self.cell_px, size_px[1] / self.cell_px)
+        y_H, x_W = (pixels_near(*each).to(logits_RHW) for each in zip(cells, view_px, size_cells, strict=True))
+        sampled_RHW = sample_at(sample_at(logits_RHW, y_H, 1), x_W, 2)
+        boxes_R4 = mask_boxes(sampled_RHW, x_W, y_H, size_cells) * self.cell_px
+        return boxes_R4, area_above(logits_RHW, 0.0) * self.cell_px**2, (sampled_RHW > 0).flatten(1).any(1)
 
     def stability(self, logits_MHW: Tensor) -> Tensor:
         """Area of each mask at a raised threshold, as a share of that at a lowered one, (M,); 0 where both are 0."""
         offset = self.config.stability_score_offset
         return area_above(logits_MHW, offset) / area_above(logits_MHW, -offset).clamp(min=1e-6)
 
-    def thin(self, view: View, size_px: tuple[int, int], boxes_R4: Tensor, areas_R: Tensor, scores_R: Tensor) -> Found:
+    def thin(
+        self,
+        view: View,
+        size_px: tuple[int, int],
+        boxes_R4: Tensor,
+        areas_R: Tensor,
+        scores_R: Tensor,
+        logits_RHW: Tensor,
+    ) -> Found:
         """The masks that their crop does not cut off and that are no duplicates, now in pixels of the image.
 
         size_px  (H, W) of the view within the model's input
@@ -241,23 +281,40 @@ class SamProposer:
         crop_4, image_4 = boxes_R4.new_tensor(view.box_px), boxes_R4.new_tensor([0, 0, *view.image_px])
         corner_2, end_2 = crop_4.split(2)
         scale_2 = (end_2 - corner_2) / boxes_R4.new_tensor(size_px[::-1])
-        boxes_R4 = boxes_R4 * scale_2.repeat(2) + corner_2.repeat(2)
+
+        def placed(boxes_R4: Tensor) -> Tensor:
+            return boxes_R4 * scale_2.repeat(2) + corner_2.repeat(2)
+
+        boxes_R4 = placed(boxes_R4)
         at_crop = (boxes_R4 - crop_4).abs() <= CROP_EDGE_PX
         at_image = (boxes_R4 - image_4).abs() <= CROP_EDGE_PX
-        whole = ~(at_crop & ~at_image).any(1)
-        boxes_R4, scores_R, areas_R = boxes_R4[whole], scores_R[whole], areas_R[whole] * scale_2.prod()
-        kept = nms(boxes_R4, scores_R, self.config.box_nms_thresh)
-        return Found(view, boxes_R4[kept], scores_R[kept], areas_R[kept])
+        whole = (~(at_crop & ~at_image).any(1)).nonzero().squeeze(1)
+        kept = whole[nms(boxes_R4[whole], scores_R[whole], self.config.box_nms_thresh)]
+        cleaned = None
+        if self.config.min_mask_region_area:
+            pixels_per_cell = self.cell_px**2 * scale_2.prod().item()
+            clean_RHW, changed_R = clean(logits_RHW[kept], self.config.min_mask_region_area / pixels_per_cell)
+            clean_R4, clean_R, _ = self.extent(clean_RHW, size_px, view.pixels_HW3.shape[:2])
+            cleaned = placed(clean_R4), clean_R * scale_2.prod(), changed_R
+        return Found(view, boxes_R4[kept], scores_R[kept], areas_R[kept] * scale_2.prod(), cleaned)
 
     def merge(self, found: Sequence[Found]) -> Regions:
-        """One image's regions: of two crops' masks that overlap much, the one from the smaller crop stays."""
+        """One image's regions: of two crops' masks that overlap much, the one from the smaller crop stays.
+
+        Then, where masks are cleaned, of two that became alike the one that was not changed.
+        """
+        config = self.config
         boxes_R4, scores_R, areas_R = (
             torch.cat([getattr(each, name) for each in found]) for name in ("boxes_R4", "scores_R", "areas_R")
         )
+        kept = torch.arange(len(scores_R), device=scores_R.device)
         if len(found) > 1:
             smallness_R = [torch.full_like(each.scores_R, 1 / each.view.pixels_HW3[..., 0].size) for each in found]
-            kept = nms(boxes_R4, torch.cat(smallness_R), self.config.crop_nms_thresh)
-            boxes_R4, scores_R, areas_R = boxes_R4[kept], scores_R[kept], areas_R[kept]
-        return Regions(
-            boxes_R4.cpu().numpy(), scores_R.cpu().numpy(), areas_R.cpu().numpy(), all_from("sam", len(boxes_R4))
-        )
+            kept = nms(boxes_R4, torch.cat(smallness_R), config.crop_nms_thresh)
+        if config.min_mask_region_area:
+            parts = zip(*(each.cleaned for each in found if each.cleaned is not None), strict=True)
+            boxes_R4, areas_R, changed_R = (torch.cat(part) for part in parts)
+            again = nms(boxes_R4[kept], (~changed_R[kept]).float(), max(config.box_nms_thresh, config.crop_nms_thresh))
+            kept = kept[again]
+        boxes, scores, areas = (each[kept].cpu().numpy() for each in (boxes_R4, scores_R, areas_R))
+        return Regions(boxes, scores, areas, all_from("sam", len(kept)))

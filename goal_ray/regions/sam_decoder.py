@@ -15,6 +15,7 @@ M masks that are kept.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +24,13 @@ from torch import Tensor
 
 
 def decode_points(
-    sam: Any, features_ICHW: Tensor, pe_NC: Tensor, points_IP2: Tensor, valid: tuple[int, int], min_iou: float
+    sam: Any,
+    features_ICHW: Tensor,
+    pe_NC: Tensor,
+    points_IP2: Tensor,
+    valid: tuple[int, int],
+    min_iou: float,
+    transform: Callable[..., tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mask logits (M, 4·rows, 4·columns), predicted IoUs (M,) and images (M,) of all masks rated above `min_iou`.
 
@@ -31,6 +38,7 @@ def decode_points(
     pe_NC          the prompt encoder's dense positional encoding, in the features' dtype
     points_IP2     (x, y) in pixels of the model's input
     valid          (rows, columns) of the feature grid that are not padding
+    transform      `two_way`, or the same compiled
 
     Three masks a point, as the official decoder gives with multimask_output.
     """
@@ -39,7 +47,7 @@ def decode_points(
     prompts_QTC = prompt_tokens(sam, points_IP2.flatten(0, 1), features_ICHW.dtype)
     no_mask_C = sam.prompt_encoder.no_mask_embed.weight[0].to(features_ICHW)
     image_INC = features_ICHW.flatten(2).transpose(1, 2) + no_mask_C
-    tokens_QTC, image_QNC = two_way(decoder.transformer, prompts_QTC, image_INC, pe_NC)
+    tokens_QTC, image_QNC = transform(decoder.transformer, prompts_QTC, image_INC, pe_NC)
     iou_QK = decoder.iou_prediction_head(tokens_QTC[:, 0])[:, 1:].float()
     point_M, kind_M = (iou_QK > min_iou).nonzero(as_tuple=True)
     hyper_QKE = torch.stack(

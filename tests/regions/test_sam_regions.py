@@ -18,7 +18,7 @@ from goal_ray.config import build_config
 from goal_ray.errors import ConfigError, ModelError
 from goal_ray.lism.benchmark import generators, matched, read_pictures
 from goal_ray.regions import SamConfig, usable
-from goal_ray.regions.sam_decoder import decode_points
+from goal_ray.regions.sam_decoder import decode_points, two_way
 from goal_ray.regions.sam_weights import MobileEncoder, empty_sam, load_sam
 
 
@@ -95,6 +95,30 @@ def test_regions_agree_with_the_official_generator(sam, checkpoint, image, crop_
     assert found >= 0.9 * len(regions.scores) > 20
 
 
+def test_boxes_and_areas_are_of_masks_without_small_parts(checkpoint, image):
+    settings = {"points_per_side": 4, "box_nms_thresh": 1.0, "crop_nms_thresh": 1.0}
+    (before,) = everything(checkpoint, **settings).build().propose([image])
+    (same,) = everything(checkpoint, **settings, min_mask_region_area=1).build().propose([image])
+    (after,) = everything(checkpoint, **settings, min_mask_region_area=300).build().propose([image])
+    # No part of a mask is smaller than a pixel; but the masks of equal score may stand in another order.
+    for name in ("boxes_px", "areas_px", "scores"):
+        assert np.sort(getattr(same, name), axis=0) == pytest.approx(np.sort(getattr(before, name), axis=0), abs=1e-3)
+    # About 38 cells; the random masks are made of blocks of 16.
+    assert len(after.scores) == len(before.scores)
+    sides = [(each.boxes_px[:, 2:] - each.boxes_px[:, :2]).prod(1).sum() for each in (before, after)]
+    assert 0.5 * sides[0] < sides[1] < 0.99 * sides[0]
+
+
+@pytest.mark.slow
+def test_compiled_models_find_the_same(checkpoint, image):
+    settings = {"points_per_side": 4, "points_per_batch": 4}
+    (expected,), (found,) = (
+        everything(checkpoint, **settings, compile=compiled).build().propose([image]) for compiled in (False, True)
+    )
+    assert found.boxes_px == pytest.approx(expected.boxes_px, abs=1e-2)
+    assert found.scores == pytest.approx(expected.scores, abs=1e-4)
+
+
 def test_the_decoder_computes_what_the_official_one_does_for_many_images_and_points():
     sam = tiny_sam()
     sam.mask_decoder.double()
@@ -111,7 +135,7 @@ def test_the_decoder_computes_what_the_official_one_does_for_many_images_and_poi
     median = scores.median().item()
     kept = scores > median
     pe_NC = sam.prompt_encoder.get_dense_pe()[0].flatten(1).T.double()
-    found, found_scores, image = decode_points(sam, features, pe_NC, points, (6, 7), median)
+    found, found_scores, image = decode_points(sam, features, pe_NC, points, (6, 7), median, two_way)
     # Logits are of order 10 and computed in float64 but for the float32 of points and results.
     torch.testing.assert_close(found.double(), logits[kept][:, :24, :28], rtol=0, atol=1e-4)
     torch.testing.assert_close(found_scores.double(), scores[kept], rtol=0, atol=1e-5)
