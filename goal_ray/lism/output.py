@@ -3,6 +3,9 @@
 OUT/NAME.tar               input members unchanged + KEY.pairs.json, renamed into place when complete
 OUT/quarantine/NAME.jsonl  samples left out: shard, key, stage, reason
 OUT/done/NAME.json         counts of a finished shard, written last: a shard without it is done again, whole
+OUT/lism.json              the summary
+
+All but the summary and the seconds of work in `done` is the same bytes in every run with the same settings.
 """
 
 import io
@@ -12,6 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from goal_ray.lism.progress import PHASES, Work
 from goal_ray.storage import join, list_names, open_atomic, open_read, read_bytes, remove, write_bytes
 from goal_ray.tars import (
     PAIRS_EXTENSION,
@@ -22,6 +28,7 @@ from goal_ray.tars import (
     read_member,
     shard_name,
 )
+from goal_ray.timing import measure
 
 SIMILARITY_BINS = 40
 FIRST_BAD = 5
@@ -34,6 +41,8 @@ class ShardCounts:
     source_bytes  size of the input tar
     whole_image   sentences whose best region is the whole image
     first_bad     the first records of the quarantine
+    work          phase -> seconds of work and images it was done for, over all workers. Work lost with a worker that
+                  died is not in it
     """
 
     source_bytes: int = 0
@@ -45,6 +54,7 @@ class ShardCounts:
     whole_image: int = 0
     similarity_histogram: list[int] = field(default_factory=lambda: [0] * SIMILARITY_BINS)
     first_bad: list[dict[str, str]] = field(default_factory=list)
+    work: dict[str, tuple[float, int]] = field(default_factory=dict)
 
     def add_pairs(self, regions: int, similarities: Sequence[float], whole_image: int) -> None:
         """Counts one paired sample."""
@@ -63,6 +73,11 @@ class ShardCounts:
         self.quarantined += 1
         self.first_bad = [*self.first_bad, record][:FIRST_BAD]
 
+    def add_work(self, phase: str, seconds: float, images: int) -> None:
+        """Counts work for a number of images."""
+        before = self.work.get(phase, (0.0, 0))
+        self.work[phase] = (before[0] + seconds, before[1] + images)
+
     def merge(self, other: "ShardCounts") -> None:
         """Adds another's sums."""
         for name in ("source_bytes", "samples", "paired", "quarantined", "regions", "sentences", "whole_image"):
@@ -70,6 +85,11 @@ class ShardCounts:
         both = zip(self.similarity_histogram, other.similarity_histogram, strict=True)
         self.similarity_histogram = [a + b for a, b in both]
         self.first_bad = [*self.first_bad, *other.first_bad][:FIRST_BAD]
+        for phase, (seconds, images) in other.work.items():
+            self.add_work(phase, seconds, images)
+
+
+_COUNTS = TypeAdapter(ShardCounts)
 
 
 @dataclass(frozen=True)
@@ -99,7 +119,7 @@ class OutputFolder:
             name = shard_name(shard)
             if f"{name}.json" not in done:
                 continue
-            counts = ShardCounts(**json.loads(read_bytes(self._done(shard))))
+            counts = _COUNTS.validate_json(read_bytes(self._done(shard)))
             complete = (name in tars or not counts.paired) and (f"{name}.jsonl" in bad or not counts.quarantined)
             if complete and counts.source_bytes == size:
                 found[shard] = counts
@@ -107,23 +127,28 @@ class OutputFolder:
 
     def finish(
         self, shard: str, pairs: Mapping[int, bytes], bad: Sequence[dict[str, str]], counts: ShardCounts
-    ) -> None:
+    ) -> Work:
         """Writes a shard's outputs, in place of earlier ones; the order makes a kill at any moment harmless.
 
         pairs  sample number -> its pairs.json; samples that are not in it are left out of the tar
         bad    a record for every sample left out
+
+        Returns the work that it was, which is also added to `counts`.
         """
-        remove(self._done(shard))
-        if bad:
-            lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in bad)
-            write_bytes(self._quarantine(shard), lines.encode())
-        else:
-            remove(self._quarantine(shard))
-        if pairs:
-            write_paired_tar(shard, self.tar(shard), pairs)
-        else:
-            remove(self.tar(shard))
+        with measure("write") as seconds:
+            remove(self._done(shard))
+            if bad:
+                lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in bad)
+                write_bytes(self._quarantine(shard), lines.encode())
+            else:
+                remove(self._quarantine(shard))
+            if pairs:
+                write_paired_tar(shard, self.tar(shard), pairs)
+            else:
+                remove(self.tar(shard))
+        counts.add_work("write", seconds["write"], len(pairs))
         write_bytes(self._done(shard), json.dumps(asdict(counts), ensure_ascii=False).encode())
+        return Work.done_here("write", len(pairs), seconds)
 
 
 def write_paired_tar(source: str, target: str, pairs: Mapping[int, bytes]) -> None:
@@ -171,8 +196,18 @@ def summary(finished: Iterable[ShardCounts], seconds: float) -> dict[str, Any]:
     total = ShardCounts()
     for counts in finished:
         total.merge(counts)
+    all_work = sum(busy for busy, _ in total.work.values())
     return {
         **asdict(total),
+        "work": {
+            phase: {
+                "seconds": round(busy, 3),
+                "images": images,
+                "images_per_s": images / max(busy, 1e-9),
+                "share": busy / max(all_work, 1e-9),
+            }
+            for phase, (busy, images) in sorted(total.work.items(), key=lambda item: PHASES.index(item[0]))
+        },
         "regions_per_image": total.regions / max(1, total.paired),
         "sentences_per_image": total.sentences / max(1, total.paired),
         "whole_image_share": total.whole_image / max(1, total.sentences),
@@ -194,6 +229,10 @@ def print_summary(result: Mapping[str, Any]) -> None:
             low = -1 + 2 * number / len(histogram)
             bar = "█" * max(1, 40 * count // most)
             print(f"  similarity {low:+.2f}..{low + 2 / len(histogram):+.2f} {count:>8} {bar}")
+    print(f"  {'work':<8}{'busy, s':>12}{'images/s per worker':>22}{'share':>8}")
+    for phase, work in result["work"].items():
+        share = f"{100 * work['share']:.1f} %"
+        print(f"  {phase:<8}{work['seconds']:>12.1f}{work['images_per_s']:>22.1f}{share:>8}")
     for record in result["first_bad"]:
         print(f"  quarantined: {describe_bad(record)}")
     if result["quarantined"] > len(result["first_bad"]):

@@ -9,7 +9,7 @@ import logging
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -19,11 +19,13 @@ from goal_ray.errors import CaptionError, GoalRayError, ShardError, StageError
 from goal_ray.images import decode_image, shrink
 from goal_ray.lism.config import LismConfig
 from goal_ray.lism.matching import Matcher, MatchTask
+from goal_ray.lism.progress import Work
 from goal_ray.pairs import Pair, PairRecord, Region
 from goal_ray.ray_session import quiet_ray_data
 from goal_ray.regions import Regions, usable
 from goal_ray.tars import Sample, shard_name, stream_samples
 from goal_ray.text import split_sentences
+from goal_ray.timing import measure
 
 GROUP_BYTES = 128 * 2**20  # of pixels; a block holds one group
 
@@ -84,12 +86,14 @@ class Group:
 
     failure  what makes the whole run impossible (storage fails, a model does not load). It travels here, since Ray Data
              would bury it in tracebacks, and start the actor again.
+    work     what the stages took for it so far; no part of what the group is
     """
 
     shard: int
     items: list[Item]
     last: bool = False
     failure: str = ""
+    work: tuple[Work, ...] = field(default=(), compare=False)
 
     def to_row(self) -> dict[str, bytes]:
         """The group as a row of a dataset."""
@@ -122,7 +126,7 @@ def stream_groups(
     items = [{"shard": number, "url": url} for number, url in enumerate(shards)]
     # Any, since `map` is typed for functions only.
     groups: Any = ray.data.from_items(items, override_num_blocks=len(items)).flat_map(
-        lambda item: (group.to_row() for group in read_groups(item["shard"], item["url"], config))
+        lambda item: (group.to_row() for group in measure_reading(read_groups(item["shard"], item["url"], config)))
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RayDeprecationWarning)  # of max_restarts, for which there is no other way yet
@@ -164,6 +168,16 @@ def read_groups(shard: int, url: str, config: LismConfig) -> Iterator[Group]:
     # Every storage has errors of its own. None of them says anything against the tar.
     except Exception as error:
         yield Group(shard, [], failure=f"{url} cannot be read: {describe(error)}")
+
+
+def measure_reading(groups: Iterator[Group]) -> Iterator[Group]:
+    """The groups with the work of making each; the time in which nobody asks for one does not count."""
+    while True:
+        with measure("read") as seconds:
+            group = next(groups, None)
+        if group is None:
+            return
+        yield replace(group, work=(Work.done_here("read", len(group.items), seconds),))
 
 
 def read_items(url: str, config: LismConfig) -> Iterator[Item]:
@@ -240,11 +254,14 @@ class StageActor:
             self.failure = f"cannot start to {stage}: {describe(error)}"
 
     def __call__(self, row: dict[str, bytes]) -> dict[str, bytes]:
-        group = Group.from_row(row)
-        failure = group.failure or self.failure
-        if failure:
-            return Group(group.shard, [], failure=failure).to_row()
-        return map_good(group, self.stage, self.work).to_row()
+        with measure(self.stage) as seconds:
+            group = Group.from_row(row)
+            failure = group.failure or self.failure
+            if failure:
+                return Group(group.shard, [], failure=failure).to_row()
+            done = map_good(group, self.stage, self.work)
+        images = sum(item.problem is None for item in group.items)
+        return replace(done, work=(*group.work, Work.done_here(self.stage, images, seconds))).to_row()
 
 
 class ProposeRegions:

@@ -20,6 +20,7 @@ from goal_ray.errors import StageError
 from goal_ray.lism.config import LismConfig
 from goal_ray.lism.output import OutputFolder, ShardCounts, describe_bad, summary
 from goal_ray.lism.pipeline import Item, WorkerLost, stream_groups
+from goal_ray.lism.progress import Work
 from goal_ray.ray_session import ray_session
 from goal_ray.storage import exists, join, read_bytes, size_bytes, write_bytes
 from goal_ray.tars import expand_shards, shard_name
@@ -140,6 +141,7 @@ def pair_shards(
     on_gpu, finish = choose_gpu(config), ray.remote(finish_shard)
     shards, before = list(sizes), len(finished)
     waiting: dict[int, list[Item]] = defaultdict(list)
+    work: dict[int, list[Work]] = defaultdict(list)
     expected: dict[int, int] = {}
     writing: dict[Any, str] = {}
     samples = quarantined = 0
@@ -147,6 +149,7 @@ def pair_shards(
         for group in stream_groups(shards, config, provenance(config), on_gpu):
             shard, items = shards[group.shard], waiting[group.shard]
             items += group.items
+            work[group.shard] += group.work
             bad = [item for item in group.items if item.problem is not None]
             samples, quarantined = samples + len(group.items), quarantined + len(bad)
             if bad and quarantined > EARLY_BAD:
@@ -155,7 +158,8 @@ def pair_shards(
             if group.last:
                 expected[group.shard] = group.items[-1].number + 1
             if len(items) == expected.get(group.shard):
-                writing[finish.remote(shard, sizes[shard], waiting.pop(group.shard), folder)] = shard
+                through = waiting.pop(group.shard), work.pop(group.shard)
+                writing[finish.remote(shard, sizes[shard], *through, folder)] = shard
                 bar.update(sizes[shard] - size_of(items))  # headers and padding; what lies behind a tar's damage
             finished.update(collect(writing, timeout_s=0))
             state = f"{samples} images, {len(finished) - before}/{len(shards)} shards, {quarantined} bad"
@@ -182,7 +186,7 @@ def collect(writing: dict[Any, str], timeout_s: float | None) -> dict[str, Shard
     for reference in ready:
         shard = writing.pop(reference)
         try:
-            finished[shard] = ray.get(reference)
+            finished[shard], _ = ray.get(reference)
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None) or error
             raise StageError(
@@ -192,9 +196,14 @@ def collect(writing: dict[Any, str], timeout_s: float | None) -> dict[str, Shard
     return finished
 
 
-def finish_shard(shard: str, source_bytes: int, items: list[Item], folder: OutputFolder) -> ShardCounts:
-    """Writes one shard's outputs from its samples."""
+def finish_shard(
+    shard: str, source_bytes: int, items: list[Item], work: list[Work], folder: OutputFolder
+) -> tuple[ShardCounts, Work]:
+    """Writes one shard's outputs from its samples. Returns its counts, and the work of writing."""
     counts, pairs, bad = ShardCounts(source_bytes), {}, []
+    for done in work:
+        for phase, seconds in done.seconds.items():
+            counts.add_work(phase, seconds, done.images)
     for item in sorted(items, key=lambda item: item.number):
         if item.problem is not None:
             bad.append(bad_record(shard, item))
@@ -205,8 +214,8 @@ def finish_shard(shard: str, source_bytes: int, items: list[Item], folder: Outpu
         whole = sum(regions[pair["region"]]["source"] == "image" for pair in record["pairs"])
         counts.add_pairs(len(regions) - 1, [pair["similarity"] for pair in record["pairs"]], whole)
         pairs[item.number] = item.record
-    folder.finish(shard, pairs, bad, counts)
-    return counts
+    written = folder.finish(shard, pairs, bad, counts)
+    return counts, written
 
 
 def bad_record(shard: str, item: Item) -> dict[str, str]:

@@ -26,6 +26,7 @@ from goal_ray.regions.protocol import RegionProposer, Regions, all_from
 from goal_ray.regions.sam_decoder import decode_points, two_way
 from goal_ray.regions.sam_weights import ADVICE, OFFICIAL, load_sam
 from goal_ray.regions.weights import check_sum, find_checkpoint
+from goal_ray.timing import timed
 
 CROP_EDGE_PX = 20.0  # a mask so near the edge of a crop is thought cut off; the official generator's tolerance
 # How far a stability read off the decoder's mask was seen to be from the official one, for large masks, and times the
@@ -183,8 +184,9 @@ class SamProposer:
         sizes = [image.shape[:2] for image in resized]
         # apply_image may give back the caller's array, which torch will not take where it is read-only.
         pixels = [torch.from_numpy(np.array(image)).permute(2, 0, 1).to(sam.device) for image in resized]
-        inputs_I3SS = torch.stack([sam.preprocess(each) for each in pixels])
-        features_ICHW = self.encode(inputs_I3SS.to(self.dtype, memory_format=torch.channels_last))
+        with timed("encode"):
+            inputs_I3SS = torch.stack([sam.preprocess(each) for each in pixels])
+            features_ICHW = self.encode(inputs_I3SS.to(self.dtype, memory_format=torch.channels_last))
         step_px = sam.image_encoder.img_size // features_ICHW.shape[-1]
         valid = tuple(-(-max(sides) // step_px) for sides in zip(*sizes, strict=True))
         unit_P2 = torch.as_tensor(self.unit_points[views[0].layer], dtype=torch.float32, device=sam.device)

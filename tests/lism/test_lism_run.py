@@ -31,12 +31,18 @@ def settings(tiny_clip: str, *overrides: str) -> LismConfig:
 
 
 def outputs(folder: Path) -> dict[str, bytes]:
-    """Every file of an output folder but the summary, which holds the time it took."""
-    return {
+    """Every file of an output folder but the summary and the gallery, and without seconds of work in `done`."""
+    files = {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and path.name not in ("lism.json", "config.yaml") and not path.name.startswith(".")
+        if path.is_file()
+        and path.name not in ("lism.json", "config.yaml", "gallery.html")
+        and not path.name.startswith(".")
     }
+    for name in files:
+        if name.startswith("done/"):
+            files[name] = json.dumps({**json.loads(files[name]), "work": None}).encode()
+    return files
 
 
 def quarantine(folder: Path, name: str) -> dict[str, tuple[str, str]]:
@@ -125,6 +131,19 @@ def test_the_summary_counts_every_shard(mixed):
     assert mixed.summary["sentences"] == sum(mixed.summary["similarity_histogram"])
     assert len(mixed.summary["first_bad"]) == 5
     assert json.loads((mixed.target / "lism.json").read_text("utf-8")) == mixed.summary
+
+
+def images_by_phase(summary):
+    assert sum(work["share"] for work in summary["work"].values()) == pytest.approx(1)
+    assert all(work["seconds"] > 0 for work in summary["work"].values())
+    return {phase: work["images"] for phase, work in summary["work"].items()}
+
+
+def test_the_summary_tells_the_work_of_every_phase_that_was_ever_done_for_the_shards(mixed, resumed):
+    for summary in (mixed.summary, resumed.summary):
+        paired = summary["paired"]
+        expected = {"read": summary["samples"], "propose": paired, "match": paired, "write": paired}
+        assert images_by_phase(summary) == expected
 
 
 @pytest.fixture(scope="module")

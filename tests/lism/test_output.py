@@ -151,3 +151,15 @@ def test_the_summary_adds_up_shards_and_shows_similarities_and_first_reasons(cap
     assert "similarity +0.25..+0.30        2 █" in printed
     assert "in.tar 'k0' (decode): torn" in printed
     assert "2 more" in printed
+
+
+def test_the_summary_tells_seconds_rate_and_share_of_every_phase_over_all_shards(capsys):
+    first, second = ShardCounts(), ShardCounts()
+    first.add_work("match", 6.0, 30)
+    first.add_work("read", 1.0, 40)
+    second.add_work("match", 3.0, 15)
+    result = summary([first, second], seconds=1.0)
+    assert list(result["work"]) == ["read", "match"]
+    assert result["work"]["match"] == {"seconds": 9.0, "images": 45, "images_per_s": 5.0, "share": 0.9}
+    print_summary(result)
+    assert "match            9.0                   5.0  90.0 %" in capsys.readouterr().out

@@ -10,7 +10,7 @@ from goal_ray.config import load_config
 from goal_ray.errors import ModelError
 from goal_ray.lism import pipeline
 from goal_ray.lism.config import LismConfig
-from goal_ray.lism.pipeline import Group, MatchSentences, ProposeRegions, StageActor, read_groups
+from goal_ray.lism.pipeline import Group, MatchSentences, ProposeRegions, StageActor, measure_reading, read_groups
 from goal_ray.pairs import PairRecord
 from goal_ray.regions import Regions
 
@@ -114,6 +114,22 @@ def test_samples_with_a_problem_pass_the_stages_untouched(tmp_path, tiny_clip):
     assert [item.key for item in before.items] == list(BAD)
 
 
+def test_every_stage_adds_its_work_to_the_group_and_waiting_for_the_next_stage_is_no_work(tmp_path, monkeypatch):
+    write_members(tmp_path / "a.tar", [*good("a"), *bad_members(), *good("b")])
+    clock = [0.0]
+    monkeypatch.setattr("goal_ray.timing.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(pipeline, "decode", lambda item, *_: clock.__setitem__(0, clock[0] + 1) or item)
+    seconds, images = [], []
+    for group in measure_reading(read_groups(0, str(tmp_path / "a.tar"), settings("images_per_batch=6"))):
+        clock[0] += 100
+        row = StageActor("propose", lambda: lambda items: clock.__setitem__(0, clock[0] + 3) or items)(group.to_row())
+        for work in Group.from_row(row).work:
+            seconds.append(work.seconds)
+            images.append(work.images)
+    assert seconds == [{"read": 7}, {"propose": 3}, {"read": 4}, {"propose": 3}]
+    assert images == [6, 6, 5, 5]
+
+
 def test_a_model_that_does_not_load_fails_the_group_with_its_reason(seven):
     def build():
         raise ModelError("weights are gone")
@@ -143,3 +159,7 @@ def test_sam_gives_regions_to_the_matcher(tmp_path, tiny_clip):
         record = PairRecord.from_bytes(done.record, item.caption, item.key)
         assert {region.source for region in record.regions} == {"image", "sam"}
         assert len(record.pairs) == 2
+    row = StageActor("propose", lambda: ProposeRegions(config, "cpu"))(only_group(tmp_path / "a.tar", config).to_row())
+    (work,) = Group.from_row(row).work
+    assert (work.stage, work.images, set(work.seconds)) == ("propose", 2, {"encode", "propose"})
+    assert min(work.seconds.values()) > 0
