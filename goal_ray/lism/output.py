@@ -206,7 +206,7 @@ def summary(finished: Iterable[ShardCounts], seconds: float) -> dict[str, Any]:
                 "images_per_s": images / max(busy, 1e-9),
                 "share": busy / max(all_work, 1e-9),
             }
-            for phase, (busy, images) in sorted(total.work.items(), key=lambda item: PHASES.index(item[0]))
+            for phase, (busy, images) in sorted(total.work.items(), key=lambda item: (*PHASES, item[0]).index(item[0]))
         },
         "regions_per_image": total.regions / max(1, total.paired),
         "sentences_per_image": total.sentences / max(1, total.paired),

@@ -12,7 +12,7 @@ from matplotlib import style
 from matplotlib.figure import Figure
 
 from goal_ray.losses import TERMS
-from goal_ray.report.colours import colour
+from goal_ray.pages.colours import colour
 from goal_ray.report.records import RunRecords
 
 PANELS = {

@@ -3,19 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
-from goal_ray import __version__
 from goal_ray.errors import GoalRayError, StageError
-from goal_ray.report.colours import colour
+from goal_ray.pages.render import render_page
 from goal_ray.report.curves import draw_curves
-from goal_ray.report.gallery import LABEL_RADIUS, Gallery, draw_gallery
+from goal_ray.report.gallery import Gallery, draw_gallery
 from goal_ray.report.records import RunRecords, read_runs
 from goal_ray.report.tables import COLUMNS, metrics_tables, quarantine_rows, settings_table
 from goal_ray.storage import write_bytes
 
 REPORT_FILE = "report.html"
-TEMPLATE = "report.html.j2"
+TEMPLATE = "report/report.html.j2"
 
 
 @dataclass(frozen=True)
@@ -43,23 +40,17 @@ def write_report(
         raise StageError(f"--images must be 0 or more, not {images}")
     runs = read_runs(folders)
     gallery, note = find_gallery(runs, shards, images, seed)
-    page = Environment(
-        loader=PackageLoader("goal_ray.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    ).get_template(TEMPLATE)
-    html = page.render(
-        version=__version__,
+    data = render_page(
+        TEMPLATE,
         runs=runs,
-        colour=colour,
         settings=settings_table(runs),
         curves=draw_curves(runs),
         columns=COLUMNS,
         metrics=metrics_tables(runs),
         quarantine=[quarantine_rows(run) for run in runs],
         gallery=gallery,
-        label_radius=LABEL_RADIUS,
         note=note,
     )
-    data = html.encode("utf-8", "replace")  # JSON can hold what UTF-8 cannot: half a surrogate pair
     url = out or str(runs[-1].folder / REPORT_FILE)
     try:
         write_bytes(url, data)

@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 from report_inputs import read_page, section
 
+from goal_ray.pages.colours import colour
+from goal_ray.pages.pictures import LABEL_RADIUS, VIEW_SIDE, draw_picture, place_label
 from goal_ray.pairs import Pair, PairRecord, Region
-from goal_ray.report.colours import colour
-from goal_ray.report.gallery import LABEL_RADIUS, VIEW_SIDE, draw_gallery, draw_picture, place_label
+from goal_ray.report.gallery import draw_gallery
 from goal_ray.report.run import write_report
 from goal_ray.tars import Sample, stream_samples, write_tar
 

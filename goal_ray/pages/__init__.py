@@ -1,0 +1,1 @@
+"""What the HTML pages of several stages share: looks, colours, pictures with their regions. A page loads nothing."""
