@@ -201,6 +201,25 @@ def stream_samples(url: str) -> Iterator[Sample]:
         yield current
 
 
+def read_part(url: str, offset_bytes: int, size_bytes: int) -> Sample:
+    """The one sample whose members fill a part of a tar. Raises ShardError where the part holds anything else."""
+    with open_read(url) as file:
+        file.seek(offset_bytes)
+        part = io.BytesIO(file.read(size_bytes) + bytes(2 * tarfile.BLOCKSIZE))
+    found: dict[int, Sample] = {}
+    try:
+        with open_tar(part, "r:") as tar:
+            for member in iter_members(tar):
+                if member.sample >= 0:
+                    sample = found.get(member.sample, Sample(member.key, {}))
+                    found[member.sample] = sample.with_member(member.extension, read_member(tar, member.info))
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        raise ShardError(f"{url}: no sample at byte {offset_bytes}: {error}; was the tar changed?") from None
+    if len(found) != 1:
+        raise ShardError(f"{url}: {len(found)} samples at byte {offset_bytes}, not 1; was the tar changed?")
+    return found[0]
+
+
 @dataclass(frozen=True)
 class SampleIndex:
     """Where a sample's members lie inside its tar: extension -> (offset_bytes, size_bytes)."""

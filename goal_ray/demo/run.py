@@ -12,6 +12,7 @@ from goal_ray.config import load_config
 from goal_ray.demo.accuracy import lism_accuracy
 from goal_ray.evaluate.run import evaluate
 from goal_ray.lism.config import LismConfig
+from goal_ray.lism.gallery import GALLERY_FILE
 from goal_ray.lism.run import run_lism
 from goal_ray.ray_session import ray_session
 from goal_ray.report.run import write_report
@@ -70,9 +71,9 @@ def run_seed(folder: Path, seed: int) -> dict[str, Any]:
     """One demo in one folder.
 
     Returns {"seed", "seconds", "models": {"start" | "global" | "goal": {"train_seconds", "captions", "sentences",
-    "joint"}}, "lism": accuracy against the truth, "report": its place in OUT}. The three are `retrieval_metrics`: of
-    captions and pictures; of a sentence and its true region from each picture; of both together. "seconds" are those of
-    this call, which does not repeat what an earlier one finished.
+    "joint"}}, "lism": accuracy against the truth, "report", "gallery": their places in OUT}. The three are
+    `retrieval_metrics`: of captions and pictures; of a sentence and its true region from each picture; of both
+    together. "seconds" are those of this call, which does not repeat what an earlier one finished.
     """
     began = time.perf_counter()
     scenes = {name: str(folder / "scenes" / name) for name in SCENES}
@@ -108,6 +109,7 @@ def run_seed(folder: Path, seed: int) -> dict[str, Any]:
         },
         "lism": lism_accuracy(paired).as_dict(),
         "report": f"{folder.name}/report.html",
+        "gallery": f"{folder.name}/paired/{GALLERY_FILE}",
     }
 
 
@@ -136,7 +138,8 @@ def print_result(result: Mapping[str, Any], out: Path) -> None:
         f"LISM: {right:.1f} % of {lism['sentences']} sentences got a region with IoU ≥ 0.5 on the object they speak of;"
     )
     print(f"      {found:.1f} % of the objects have a proposed region with IoU ≥ 0.5")
-    print(f"curves and pictures: {out / result['report']}\nall numbers: {out / RESULT_FILE}")
+    print(f"curves and pictures: {out / result['report']}\nLISM's pairs: {out / result['gallery']}")
+    print(f"all numbers: {out / RESULT_FILE}")
 
 
 def spread(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -7,12 +7,14 @@ from goal_ray.config import load_config
 from goal_ray.lism.config import LismConfig
 from goal_ray.lism.output import print_summary
 from goal_ray.lism.run import run_lism
+from goal_ray.storage import join
 
 DESCRIPTION = """Match each sentence of every caption to a region of its picture (LISM).
 
 IN is a folder, file, glob or brace pattern of WebDataset tars with KEY.jpg|jpeg|png|webp and KEY.txt. OUT gets one tar
 of the same name for each, its members unchanged plus KEY.pairs.json. A sample that cannot be used goes to
-OUT/quarantine with the reason. Run the same command again after an interruption: only what is missing is done."""
+OUT/quarantine with the reason. OUT/gallery.html shows what came out: numbers, and random, best and worst pairs. Run
+the same command again after an interruption: only what is missing is done."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -22,9 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = parser("lism", DESCRIPTION, example, positionals, LismConfig)
     command.add_argument("--config", metavar="FILE", help="YAML file with the settings below")
     options = command.parse_intermixed_args(arguments)
-    print_summary(
-        run_lism(getattr(options, "in"), options.out, load_config(LismConfig, options.config, options.settings))
-    )
+    result = run_lism(getattr(options, "in"), options.out, load_config(LismConfig, options.config, options.settings))
+    print_summary(result)
+    if result["gallery"]:
+        print(f"pairs as pictures: {join(options.out, result['gallery'])}")
 
 
 if __name__ == "__main__":

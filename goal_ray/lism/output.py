@@ -4,12 +4,14 @@ OUT/NAME.tar               input members unchanged + KEY.pairs.json, renamed int
 OUT/quarantine/NAME.jsonl  samples left out: shard, key, stage, reason
 OUT/done/NAME.json         counts of a finished shard, written last: a shard without it is done again, whole
 OUT/lism.json              the summary
+OUT/gallery.html           the summary as a page, with pictures
 
-All but the summary and the seconds of work in `done` is the same bytes in every run with the same settings.
+All but the summary, its page, and the seconds of work in `done` is the same bytes in every run with the same settings.
 """
 
 import io
 import json
+import re
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,6 +19,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from goal_ray.lism.picks import Picks
 from goal_ray.lism.progress import PHASES, Work
 from goal_ray.storage import join, list_names, open_atomic, open_read, read_bytes, remove, write_bytes
 from goal_ray.tars import (
@@ -32,6 +35,8 @@ from goal_ray.timing import measure
 
 SIMILARITY_BINS = 40
 FIRST_BAD = 5
+# What is of one sample in a reason: an address, a quotation or list, a number.
+SPECIFIC = ((r"\S+\.tar\b", "….tar"), (r"""b?'[^']*'|b?"[^"]*"|\[[^\]]*\]""", "…"), (r"(?<![-\w])[0-9][\w.,×]*", "N"))
 
 
 @dataclass
@@ -41,6 +46,8 @@ class ShardCounts:
     source_bytes  size of the input tar
     whole_image   sentences whose best region is the whole image
     first_bad     the first records of the quarantine
+    reasons       stage and kind of reason -> samples in the quarantine
+    picks         pairs to show
     work          phase -> seconds of work and images it was done for, over all workers. Work lost with a worker that
                   died is not in it
     """
@@ -54,6 +61,8 @@ class ShardCounts:
     whole_image: int = 0
     similarity_histogram: list[int] = field(default_factory=lambda: [0] * SIMILARITY_BINS)
     first_bad: list[dict[str, str]] = field(default_factory=list)
+    reasons: dict[str, int] = field(default_factory=dict)
+    picks: Picks = field(default_factory=Picks)
     work: dict[str, tuple[float, int]] = field(default_factory=dict)
 
     def add_pairs(self, regions: int, similarities: Sequence[float], whole_image: int) -> None:
@@ -72,6 +81,8 @@ class ShardCounts:
         self.samples += 1
         self.quarantined += 1
         self.first_bad = [*self.first_bad, record][:FIRST_BAD]
+        kind = kind_of(record)
+        self.reasons[kind] = self.reasons.get(kind, 0) + 1
 
     def add_work(self, phase: str, seconds: float, images: int) -> None:
         """Counts work for a number of images."""
@@ -85,8 +96,19 @@ class ShardCounts:
         both = zip(self.similarity_histogram, other.similarity_histogram, strict=True)
         self.similarity_histogram = [a + b for a, b in both]
         self.first_bad = [*self.first_bad, *other.first_bad][:FIRST_BAD]
+        for kind, count in other.reasons.items():
+            self.reasons[kind] = self.reasons.get(kind, 0) + count
+        self.picks = self.picks.merged(other.picks)
         for phase, (seconds, images) in other.work.items():
             self.add_work(phase, seconds, images)
+
+
+def kind_of(record: Mapping[str, str]) -> str:
+    """Stage and reason of a quarantine record without what only this sample has: addresses, quotations, numbers."""
+    reason = record["reason"].replace(record["shard"], "….tar")
+    for pattern, instead in SPECIFIC:
+        reason = re.sub(pattern, instead, reason)
+    return f"{record['stage']}: {reason}"
 
 
 _COUNTS = TypeAdapter(ShardCounts)
@@ -133,7 +155,7 @@ class OutputFolder:
         pairs  sample number -> its pairs.json; samples that are not in it are left out of the tar
         bad    a record for every sample left out
 
-        Returns the work that it was, which is also added to `counts`.
+        Returns the work that it was. It is also added to `counts`, whose picks learn their places.
         """
         with measure("write") as seconds:
             remove(self._done(shard))
@@ -143,7 +165,7 @@ class OutputFolder:
             else:
                 remove(self._quarantine(shard))
             if pairs:
-                write_paired_tar(shard, self.tar(shard), pairs)
+                counts.picks = counts.picks.placed(write_paired_tar(shard, self.tar(shard), pairs))
             else:
                 remove(self.tar(shard))
         counts.add_work("write", seconds["write"], len(pairs))
@@ -151,25 +173,38 @@ class OutputFolder:
         return Work.done_here("write", len(pairs), seconds)
 
 
-def write_paired_tar(source: str, target: str, pairs: Mapping[int, bytes]) -> None:
+def write_paired_tar(source: str, target: str, pairs: Mapping[int, bytes]) -> dict[int, tuple[int, int]]:
     """Copies a tar member by member, adding each sample's pairs.json behind its members; no tar is held in memory.
 
     Samples that are not in `pairs` are left out; members of no sample are kept; an earlier pairs.json is replaced.
-    Reads up to the damage of a truncated tar, whose samples beyond it cannot be in `pairs`.
+    Reads up to the damage of a truncated tar, whose samples beyond it cannot be in `pairs`. Returns, for every sample,
+    offset and size in bytes of the part of the new tar that holds its members.
     """
+    starts: dict[int, int] = {}
+    parts: dict[int, tuple[int, int]] = {}
     with (
         open_read(source) as input_file,
         open_atomic(target) as output_file,
         tarfile.open(fileobj=output_file, mode="w", format=tarfile.PAX_FORMAT) as output,
     ):
+
+        def end_sample(member: Member) -> None:
+            """Adds the pairs.json of the sample that `member` belongs to."""
+            if member.sample in pairs:
+                data = pairs[member.sample]
+                output.addfile(member_info(f"{member.key}.{PAIRS_EXTENSION}", len(data)), io.BytesIO(data))
+                start = starts[member.sample]
+                parts[member.sample] = (start, output.offset - start)
+
         last: Member | None = None
         try:
             with open_tar(input_file, "r|") as tar:
                 for member in iter_members(tar):
                     if last is not None and member.sample != last.sample and member.sample >= 0:
-                        add_pairs(output, last, pairs)
+                        end_sample(last)
                     if member.sample >= 0:
                         last = member
+                        starts.setdefault(member.sample, output.offset)
                         if member.sample not in pairs or member.extension == PAIRS_EXTENSION:
                             continue
                     data = read_member(tar, member.info) if member.info.isreg() else b""
@@ -179,16 +214,10 @@ def write_paired_tar(source: str, target: str, pairs: Mapping[int, bytes]) -> No
         except (tarfile.TarError, EOFError):
             if last is not None and last.sample in pairs:
                 raise
-            return
+            return parts
         if last is not None:
-            add_pairs(output, last, pairs)
-
-
-def add_pairs(output: tarfile.TarFile, member: Member, pairs: Mapping[int, bytes]) -> None:
-    """Adds the pairs.json of the sample that `member` belongs to."""
-    if member.sample in pairs:
-        data = pairs[member.sample]
-        output.addfile(member_info(f"{member.key}.{PAIRS_EXTENSION}", len(data)), io.BytesIO(data))
+            end_sample(last)
+    return parts
 
 
 def summary(finished: Iterable[ShardCounts], seconds: float) -> dict[str, Any]:

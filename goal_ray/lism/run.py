@@ -18,7 +18,9 @@ from goal_ray import __version__
 from goal_ray.config import to_tree, to_yaml
 from goal_ray.errors import StageError
 from goal_ray.lism.config import LismConfig
+from goal_ray.lism.gallery import draw_gallery
 from goal_ray.lism.output import OutputFolder, ShardCounts, describe_bad, summary
+from goal_ray.lism.picks import Pick, Picks
 from goal_ray.lism.pipeline import Item, WorkerLost, stream_groups
 from goal_ray.lism.progress import Work
 from goal_ray.ray_session import ray_session
@@ -53,6 +55,7 @@ def run_lism(source: str, target: str, config: LismConfig) -> dict[str, Any]:
         with ray_session(busy_cpus=config.proposer_actors[0] + config.matcher_actors[0]):
             pair_missing(sizes, finished, folder, config)
     result = summary((finished[shard] for shard in shards), time.perf_counter() - began)
+    result["gallery"] = draw_gallery(folder, result)
     write_bytes(join(target, SUMMARY_FILE), json.dumps(result, indent=2, ensure_ascii=False).encode())
     if result["quarantined"]:
         check_bad(result["quarantined"], result["samples"], config.max_bad_share, result["first_bad"][0], folder)
@@ -200,7 +203,7 @@ def finish_shard(
     shard: str, source_bytes: int, items: list[Item], work: list[Work], folder: OutputFolder
 ) -> tuple[ShardCounts, Work]:
     """Writes one shard's outputs from its samples. Returns its counts, and the work of writing."""
-    counts, pairs, bad = ShardCounts(source_bytes), {}, []
+    counts, pairs, bad, picks = ShardCounts(source_bytes), {}, [], []
     for done in work:
         for phase, seconds in done.seconds.items():
             counts.add_work(phase, seconds, done.images)
@@ -214,6 +217,9 @@ def finish_shard(
         whole = sum(regions[pair["region"]]["source"] == "image" for pair in record["pairs"])
         counts.add_pairs(len(regions) - 1, [pair["similarity"] for pair in record["pairs"]], whole)
         pairs[item.number] = item.record
+        at = shard_name(shard), item.number, item.key
+        picks += [Pick(*at, pair["sentence"], pair["region"], pair["similarity"]) for pair in record["pairs"]]
+    counts.picks = Picks.among(picks)
     written = folder.finish(shard, pairs, bad, counts)
     return counts, written
 

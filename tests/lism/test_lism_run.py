@@ -61,10 +61,16 @@ def mixed(cluster, tiny_clip, tmp_path_factory):  # noqa: ARG001 (the run uses t
     write_mixed(source)
     with pytest.raises(StageError) as failure:
         run_lism(str(source), str(target), settings(tiny_clip, "max_bad_share=0.1"))
-    after_failure = outputs(target)
+    after_failure, gallery_after_failure = outputs(target), (target / "gallery.html").exists()
+    (target / "gallery.html").unlink()
     summary = run_lism(str(source), str(target), settings(tiny_clip, "max_bad_share=1"))
     return SimpleNamespace(
-        source=source, target=target, failure=str(failure.value), after_failure=after_failure, summary=summary
+        source=source,
+        target=target,
+        failure=str(failure.value),
+        after_failure=after_failure,
+        gallery_after_failure=gallery_after_failure,
+        summary=summary,
     )
 
 
@@ -90,6 +96,23 @@ def test_a_tar_is_there_if_and_only_if_it_has_a_usable_sample_and_every_shard_is
 def test_members_pass_through_byte_for_byte_and_in_order(mixed, name):
     after = [member for member in read_members(mixed.target / name) if not member[0].endswith(".pairs.json")]
     assert after == read_members(mixed.source / name)
+
+
+def test_the_gallery_shows_the_best_and_worst_pairs_of_all_tars_also_of_a_run_that_failed(mixed):
+    similarities = sorted(
+        pair["similarity"]
+        for name in PAIRED
+        for sample in stream_samples(f"{mixed.target}/{name}")
+        for pair in json.loads(sample.members["pairs.json"])["pairs"]
+    )
+    picks = mixed.summary["picks"]
+    assert [pick["similarity"] for pick in picks["best"]] == similarities[::-1][:12]
+    assert [pick["similarity"] for pick in picks["worst"]] == similarities[:12]
+    assert len({pick["shard"] for pick in picks["random"]}) > 1
+    assert mixed.gallery_after_failure
+    page = (mixed.target / mixed.summary["gallery"]).read_text("utf-8")
+    assert page.count("<article") == 36
+    assert "cannot be shown" not in page
 
 
 @pytest.mark.parametrize("name", PAIRED)

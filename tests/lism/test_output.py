@@ -7,10 +7,11 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from odd_tars import good, odd_but_good, read_members, write_members
+from odd_tars import GOOD, good, odd_but_good, read_members, write_members
 
 from goal_ray.lism.output import OutputFolder, ShardCounts, print_summary, summary, write_paired_tar
 from goal_ray.storage import size_bytes
+from goal_ray.tars import read_part, stream_samples
 
 BAD = {"shard": "in.tar", "key": "k", "stage": "decode", "reason": "torn"}
 
@@ -151,6 +152,37 @@ def test_the_summary_adds_up_shards_and_shows_similarities_and_first_reasons(cap
     assert "similarity +0.25..+0.30        2 █" in printed
     assert "in.tar 'k0' (decode): torn" in printed
     assert "2 more" in printed
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind"),
+    [
+        ("PNG of 2000×1000 = 2000000 pixels, more than max_pixels=9", "PNG of N = N pixels, more than max_pixels=N"),
+        (
+            "caption of sample 'a 7' is not UTF-8: byte 0xe9 in position 3",
+            "caption of sample … is not UTF-8: byte N in position N",
+        ),
+        (
+            "s3://b/x 1/in.tar: corrupt or truncated tar: bad checksum",
+            "s3://b/x ….tar: corrupt or truncated tar: bad checksum",
+        ),
+        ("sample 'k' has no picture (jpg/png; members: ['a', 'b'])", "sample … has no picture (jpg/png; members: …)"),
+    ],
+)
+def test_reasons_are_counted_by_kind_without_what_is_of_one_sample(reason, kind):
+    counts = ShardCounts()
+    counts.add_bad({**BAD, "reason": reason})
+    counts.add_bad({**BAD, "key": "other", "reason": reason})
+    assert counts.reasons == {f"decode: {kind}": 2}
+
+
+def test_a_sample_is_read_from_its_part_of_the_paired_tar(tmp_path):
+    write_members(tmp_path / "a.tar", odd_but_good())
+    pairs = {number: b"{}" for number in range(len(GOOD)) if number != 2}
+    target = str(tmp_path / "x.tar")
+    parts = write_paired_tar(str(tmp_path / "a.tar"), target, pairs)
+    assert list(parts) == list(pairs)
+    assert [read_part(target, *part) for part in parts.values()] == list(stream_samples(target))
 
 
 def test_the_summary_tells_seconds_rate_and_share_of_every_phase_over_all_shards(capsys):

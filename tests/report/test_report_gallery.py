@@ -1,45 +1,17 @@
 """Pictures with their regions and sentences."""
 
-import io
 import json
 import shutil
 
-import numpy as np
 import pytest
-from PIL import Image
-from report_inputs import read_page, section
+from html_page import read_page, section
+from paired_samples import LEFT, WHOLE, encoded, sample, write_samples
 
-from goal_ray.pages.colours import colour
-from goal_ray.pages.pictures import LABEL_RADIUS, VIEW_SIDE, draw_picture, place_label
-from goal_ray.pairs import Pair, PairRecord, Region
+from goal_ray.pages.pictures import VIEW_SIDE
+from goal_ray.pairs import Pair, Region
 from goal_ray.report.gallery import draw_gallery
 from goal_ray.report.run import write_report
-from goal_ray.tars import Sample, stream_samples, write_tar
-
-
-def encoded(width: int, height: int) -> bytes:
-    file = io.BytesIO()
-    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(file, "JPEG")
-    return file.getvalue()
-
-
-def sample(caption: str, regions: list[Region], pairs: list[Pair], size=(80, 60), key="one") -> Sample:
-    """A sample whose caption has a sentence for each line."""
-    ends = [at for at, sign in enumerate(caption + "\n") if sign == "\n"]
-    sentences = tuple(zip([0, *(end + 1 for end in ends[:-1])], ends, strict=True))
-    record = PairRecord(size, sentences, tuple(regions), tuple(pairs), {})
-    return Sample(key, {"jpg": encoded(*size), "txt": caption.encode(), "pairs.json": record.to_bytes()})
-
-
-def write_samples(path, *samples: Sample) -> str:
-    write_tar(str(path), ((each.key, each.members) for each in samples))
-    return str(path)
-
-
-WHOLE = Region((0, 0, 80, 60), 1.0, "image")
-LEFT = Region((0, 0, 40, 60), 1.0, "grid")
-RIGHT = Region((40, 0, 80, 60), 1.0, "grid")
+from goal_ray.tars import Sample, stream_samples
 
 
 def articles(page):
@@ -76,13 +48,6 @@ def test_the_similarity_stands_beside_the_sentence(make_run, tmp_path):
     tar = write_samples(tmp_path / "a.tar", sample("One.\nTwo.", [WHOLE, LEFT], [Pair(0, 1, 0.31), Pair(1, 0, -0.02)]))
     items = articles(read_page(write_report([str(make_run())], shards=tar).url))[0].find("li")
     assert [item.find("span", "similarity")[0].text for item in items] == ["0.310", "-0.020"]
-
-
-def test_sentences_of_one_region_share_its_colour_and_the_box_is_drawn_once():
-    pairs = [Pair(0, 2, 0.3), Pair(1, 1, 0.2), Pair(2, 2, 0.1)]
-    picture = draw_picture(sample("One.\nTwo.\nThree.", [WHOLE, LEFT, RIGHT], pairs), "a.tar")
-    assert [line.box.colour for line in picture.lines] == [colour(0), colour(1), colour(0)]
-    assert len(picture.boxes) == 2
 
 
 def test_a_sentence_without_a_pair_is_marked(make_run, tmp_path):
@@ -183,25 +148,3 @@ def test_no_pictures_are_drawn_where_none_are_wanted(make_run):
     page = write_report([str(make_run())], images=0)
     assert page.pictures == 0
     assert not articles(read_page(page.url))
-
-
-def test_labels_of_boxes_with_a_common_corner_do_not_cover_each_other():
-    boxes = [(0, 0, 500, 400), (0, 0, 1000, 400), (0, 0, 250, 200)]
-    labels: list[tuple[float, float]] = []
-    for box in boxes:
-        labels.append(place_label(box, (1000, 400), labels))
-    assert len({(round(x / LABEL_RADIUS), round(y / LABEL_RADIUS)) for x, y in labels}) == 3
-
-
-def test_the_label_of_a_tiny_box_lies_beside_it_and_within_the_picture():
-    for x, y in ((500, 300), (0, 0), (990, 390)):
-        label_x, label_y = place_label((x, y, x + 10, y + 10), (1000, 400), [])
-        assert LABEL_RADIUS <= label_x <= 1000 - LABEL_RADIUS
-        assert LABEL_RADIUS <= label_y <= 400 - LABEL_RADIUS
-    label_x, label_y = place_label((500, 300, 510, 310), (1000, 400), [])
-    assert label_x + LABEL_RADIUS <= 500
-    assert label_y + LABEL_RADIUS <= 300
-
-
-def test_colours_do_not_repeat():
-    assert len({colour(number) for number in range(100)}) == 100

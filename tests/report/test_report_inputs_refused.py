@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from report_inputs import add_evaluation, log_record, read_page, section
+from html_page import read_page, section
+from report_inputs import add_evaluation, log_record
 
 from goal_ray.errors import ConfigError, GoalRayError, StageError
 from goal_ray.report.run import write_report

@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from report_inputs import add_evaluation, log_record, read_page, section
+from html_page import read_page, section
+from report_inputs import add_evaluation, log_record
 
 from goal_ray.report.__main__ import main
 from goal_ray.report.curves import MAX_POINTS

@@ -1,0 +1,156 @@
+"""OUT/gallery.html over tars that are paired by hand, without Ray."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from html_page import read_page, section
+from odd_tars import picture, write_members
+
+from goal_ray.lism.gallery import TITLES, draw_gallery
+from goal_ray.lism.output import OutputFolder, summary
+from goal_ray.lism.pipeline import Item, Problem
+from goal_ray.lism.run import finish_shard
+from goal_ray.pairs import Pair, PairRecord, Region
+from goal_ray.storage import size_bytes
+
+WHOLE, LEFT = Region((0, 0, 40, 30), 1.0, "image"), Region((0, 0, 10, 30), 1.0, "grid")
+HOSTILE = """</div><script>alert("1")</script><img src='http://x/y.png'>&amp;"""
+ODD_KEY = 'a" onload="alert(1)<b>caf\udce9'
+
+
+def make(folder: Path, name: str, captions: list[str], pairs: list[list[Pair]], keys: list[str] | None = None):
+    """Pairs one tar, a sentence for each line of a caption; a sample without pairs is bad. Returns its counts."""
+    keys = keys or [f"{name}-{number}" for number in range(len(captions))]
+    members = [
+        (f"{key}.{extension}", data)
+        for number, (key, caption) in enumerate(zip(keys, captions, strict=True))
+        for extension, data in (("png", picture(seed=number)), ("txt", caption.encode()))
+    ]
+    (folder / "in").mkdir(exist_ok=True)
+    write_members(folder / "in" / f"{name}.tar", [("README", b"of no sample"), *members])
+    items = []
+    for number, (key, caption, mine) in enumerate(zip(keys, captions, pairs, strict=True)):
+        shown = key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        if not mine:
+            items.append(Item(number, shown, problem=Problem("decode", f"caption of sample {shown!r} is empty")))
+            continue
+        ends = [at for at, sign in enumerate(caption + "\n") if sign == "\n"]
+        sentences = tuple(zip([0, *(end + 1 for end in ends[:-1])], ends, strict=True))
+        record = PairRecord((40, 30), sentences, (WHOLE, LEFT), tuple(mine), {})
+        items.append(Item(number, shown, record=record.to_bytes()))
+    shard = str(folder / "in" / f"{name}.tar")
+    counts, _ = finish_shard(shard, size_bytes(shard), items, [], OutputFolder(str(folder / "out")))
+    return counts
+
+
+def draw(folder: Path, *counts) -> str | None:
+    return draw_gallery(OutputFolder(str(folder / "out")), summary(counts, seconds=1.0))
+
+
+def cards(folder: Path, name: str):
+    """The cards of one section of pairs."""
+    return section(read_page(folder / "out" / "gallery.html"), name).find("article")
+
+
+@pytest.fixture
+def two(tmp_path):
+    """The counts of two shards, of 20 pairs each of similarity 0.00 to 0.39, and one bad sample in between."""
+    return [
+        make(
+            tmp_path,
+            name,
+            [f"{name} {n} one.\n{name} {n} two." for n in range(11)],
+            [
+                [] if n == 5 else [Pair(s, s, (first + 2 * (n - (n > 5)) + s) / 100) for s in range(2)]
+                for n in range(11)
+            ],
+        )
+        for name, first in (("x", 0), ("y", 20))
+    ]
+
+
+def test_best_and_worst_pairs_of_all_shards_are_shown_each_with_its_own_sentence_and_box(two, tmp_path):
+    assert draw(tmp_path, *two) == "gallery.html"
+    for title, similarities in (("best", range(39, 27, -1)), ("worst", range(12))):
+        shown = cards(tmp_path, title)
+        assert len(shown) == 12
+        for card, hundredth in zip(shown, similarities, strict=True):
+            name, sample = "xy"[hundredth // 20], hundredth % 20 // 2
+            sample += sample >= 5
+            assert card.find("div", "from")[0].text == f"{name}-{sample} · {name}.tar"
+            assert f"{hundredth / 100:.3f}{name} {sample} {('one', 'two')[hundredth % 2]}." in card.text
+            whole = hundredth % 2 == 0
+            assert ("whole image" in card.text) == whole
+            boxes = [[float(box.attributes[at]) for at in ("x", "y", "width", "height")] for box in card.find("rect")]
+            assert boxes == ([] if whole else [[0, 0, 250, 750]] * 2)
+
+
+def test_the_page_is_the_same_in_whatever_order_shards_are_finished(two, tmp_path):
+    def page(counts):
+        draw(tmp_path, *counts)
+        return section(read_page(tmp_path / "out" / "gallery.html"), "numbers").text, [
+            [card.text for card in cards(tmp_path, title)] for title in TITLES
+        ]
+
+    assert page(two) == page(two[::-1])
+
+
+def test_the_page_has_the_numbers_of_the_summary_and_the_kinds_of_reasons(two, tmp_path):
+    draw(tmp_path, *two)
+    page = read_page(tmp_path / "out" / "gallery.html")
+    tiles = [
+        (tile.find("b")[0].text, tile.find("span")[0].text) for tile in section(page, "numbers").find("div", "tile")
+    ]
+    assert tiles[:5] == [
+        ("22", "samples"),
+        ("20", "paired"),
+        ("2", "in the quarantine"),
+        ("1.0", "regions per image"),
+        ("2.0", "pairs per image"),
+    ]
+    assert [cell.text for cell in section(page, "quarantine").find("td")] == [
+        "2",
+        "decode: caption of sample … is empty",
+    ]
+    assert section(page, "work").find("td")[0].text == "write"
+    assert [int(bar.text) for bar in section(page, "similarities").find("div", "bars")[0].inside if bar.text] == [5] * 8
+
+
+def test_captions_and_keys_are_escaped_and_the_page_loads_nothing(tmp_path):
+    draw(tmp_path, make(tmp_path, "a", [HOSTILE], [[Pair(0, 1, 0.3)]], [ODD_KEY]))
+    page = read_page(tmp_path / "out" / "gallery.html")
+    assert not [e.tag for e in page.inside if e.tag in ("script", "img", "link") or "onload" in e.attributes]
+    (card,) = cards(tmp_path, "best")
+    assert HOSTILE in card.text
+    assert r'a" onload="alert(1)<b>caf\xe9 · a.tar' in card.text
+    (image,) = card.find("image")
+    assert image.attributes["href"].startswith("data:image/jpeg;base64,")
+    assert [e for e in page.find("meta") if "default-src 'none'" in e.attributes.get("content", "")]
+
+
+def test_a_paired_tar_that_has_gone_or_changed_leaves_its_pairs_without_pictures_and_says_why(two, tmp_path):
+    shutil.move(tmp_path / "out" / "y.tar", tmp_path / "moved.tar")
+    (tmp_path / "out" / "x.tar").write_bytes(bytes(100) + (tmp_path / "out" / "x.tar").read_bytes())
+    assert draw(tmp_path, *two) == "gallery.html"
+    assert all("cannot be shown: FileNotFoundError" in card.text for card in cards(tmp_path, "best"))
+    assert all("x.tar: no sample at byte" in card.text for card in cards(tmp_path, "worst"))
+
+
+def test_a_page_that_cannot_be_written_is_said_and_is_no_error(two, tmp_path, capsys):
+    (tmp_path / "out" / "gallery.html").mkdir()
+    assert draw(tmp_path, *two) is None
+    assert "no gallery.html: IsADirectoryError" in capsys.readouterr().err
+
+
+def test_a_run_without_a_pair_has_a_page_too(tmp_path):
+    draw(tmp_path, make(tmp_path, "a", [" "], [[]]))
+    assert "There is no pair." in read_page(tmp_path / "out" / "gallery.html").text
+    assert cards(tmp_path, "random") == []
+
+
+@pytest.mark.usefixtures("two")
+def test_done_holds_at_most_twelve_pairs_of_each_kind(tmp_path):
+    picks = json.loads((tmp_path / "out" / "done" / "x.tar.json").read_text())["picks"]
+    assert {name: len(pairs) for name, pairs in picks.items()} == {"random": 12, "best": 12, "worst": 12}
