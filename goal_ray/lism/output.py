@@ -44,7 +44,8 @@ class ShardCounts:
     """What came out of one shard, or of a whole run: sums, and a histogram of pair similarities over [-1, 1].
 
     source_bytes  size of the input tar
-    whole_image   sentences whose best region is the whole image
+    pairs         of a sentence and a region, at most matcher.regions_per_sentence for each sentence
+    whole_image   pairs whose region is the whole image
     first_bad     the first records of the quarantine
     reasons       stage and kind of reason -> samples in the quarantine
     picks         pairs to show
@@ -58,6 +59,7 @@ class ShardCounts:
     quarantined: int = 0
     regions: int = 0
     sentences: int = 0
+    pairs: int = 0
     whole_image: int = 0
     similarity_histogram: list[int] = field(default_factory=lambda: [0] * SIMILARITY_BINS)
     first_bad: list[dict[str, str]] = field(default_factory=list)
@@ -65,12 +67,13 @@ class ShardCounts:
     picks: Picks = field(default_factory=Picks)
     work: dict[str, tuple[float, int]] = field(default_factory=dict)
 
-    def add_pairs(self, regions: int, similarities: Sequence[float], whole_image: int) -> None:
+    def add_pairs(self, regions: int, sentences: int, similarities: Sequence[float], whole_image: int) -> None:
         """Counts one paired sample."""
         self.samples += 1
         self.paired += 1
         self.regions += regions
-        self.sentences += len(similarities)
+        self.sentences += sentences
+        self.pairs += len(similarities)
         self.whole_image += whole_image
         for value in similarities:
             bin_ = int((value + 1) / 2 * SIMILARITY_BINS)
@@ -91,7 +94,16 @@ class ShardCounts:
 
     def merge(self, other: "ShardCounts") -> None:
         """Adds another's sums."""
-        for name in ("source_bytes", "samples", "paired", "quarantined", "regions", "sentences", "whole_image"):
+        for name in (
+            "source_bytes",
+            "samples",
+            "paired",
+            "quarantined",
+            "regions",
+            "sentences",
+            "pairs",
+            "whole_image",
+        ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         both = zip(self.similarity_histogram, other.similarity_histogram, strict=True)
         self.similarity_histogram = [a + b for a, b in both]
@@ -239,7 +251,8 @@ def summary(finished: Iterable[ShardCounts], seconds: float) -> dict[str, Any]:
         },
         "regions_per_image": total.regions / max(1, total.paired),
         "sentences_per_image": total.sentences / max(1, total.paired),
-        "whole_image_share": total.whole_image / max(1, total.sentences),
+        "pairs_per_image": total.pairs / max(1, total.paired),
+        "whole_image_share": total.whole_image / max(1, total.pairs),
         "seconds": round(seconds, 1),
     }
 
@@ -248,8 +261,9 @@ def print_summary(result: Mapping[str, Any]) -> None:
     """Prints a summary for people, with the histogram as bars, and why samples were left out."""
     print(
         f"samples {result['samples']}: paired {result['paired']}, quarantined {result['quarantined']} · "
-        f"{result['regions_per_image']:.1f} regions and {result['sentences_per_image']:.1f} sentences per image · "
-        f"{100 * result['whole_image_share']:.1f} % of the sentences match the whole image best"
+        f"{result['regions_per_image']:.1f} regions and {result['sentences_per_image']:.1f} sentences, "
+        f"{result['pairs_per_image']:.1f} pairs per image · "
+        f"{100 * result['whole_image_share']:.1f} % of the pairs are with the whole image"
     )
     histogram = result["similarity_histogram"]
     most = max(histogram) or 1

@@ -215,7 +215,8 @@ def finish_shard(
         record = json.loads(item.record)
         regions = record["regions"]
         whole = sum(regions[pair["region"]]["source"] == "image" for pair in record["pairs"])
-        counts.add_pairs(len(regions) - 1, [pair["similarity"] for pair in record["pairs"]], whole)
+        similarities = [pair["similarity"] for pair in record["pairs"]]
+        counts.add_pairs(len(regions) - 1, len(record["sentences"]), similarities, whole)
         pairs[item.number] = item.record
         at = shard_name(shard), item.number, item.key
         picks += [Pick(*at, pair["sentence"], pair["region"], pair["similarity"]) for pair in record["pairs"]]

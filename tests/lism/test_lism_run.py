@@ -151,7 +151,7 @@ def test_the_summary_counts_every_shard(mixed):
     assert mixed.summary["paired"] == len(keys)
     assert mixed.summary["quarantined"] == len(bad)
     assert mixed.summary["samples"] == len(keys) + len(bad)
-    assert mixed.summary["sentences"] == sum(mixed.summary["similarity_histogram"])
+    assert mixed.summary["pairs"] == mixed.summary["sentences"] == sum(mixed.summary["similarity_histogram"])
     assert len(mixed.summary["first_bad"]) == 5
     assert json.loads((mixed.target / "lism.json").read_text("utf-8")) == mixed.summary
 

@@ -33,7 +33,7 @@ def folder(tmp_path):
 def counted(shard, paired, bad):
     counts = ShardCounts(size_bytes(shard))
     for _ in range(paired):
-        counts.add_pairs(3, [0.5], 0)
+        counts.add_pairs(3, 1, [0.5], 0)
     for _ in range(bad):
         counts.add_bad(BAD)
     return counts
@@ -138,13 +138,14 @@ def test_quarantine_has_a_json_line_for_every_bad_sample(shard, folder):
 
 def test_the_summary_adds_up_shards_and_shows_similarities_and_first_reasons(capsys):
     first, second = ShardCounts(), ShardCounts()
-    first.add_pairs(10, [-1.0, 0.26, 1.0], whole_image=1)
-    second.add_pairs(20, [0.26], whole_image=0)
+    first.add_pairs(10, 2, [-1.0, 0.26, 1.0], whole_image=1)
+    second.add_pairs(20, 3, [0.26], whole_image=0)
     for number in range(7):
         second.add_bad({**BAD, "key": f"k{number}"})
     result = summary([first, second], seconds=1.0)
     assert (result["samples"], result["paired"], result["quarantined"]) == (9, 2, 7)
-    assert (result["regions_per_image"], result["sentences_per_image"], result["whole_image_share"]) == (15, 2, 0.25)
+    each = ("regions_per_image", "sentences_per_image", "pairs_per_image", "whole_image_share")
+    assert [result[name] for name in each] == [15, 2.5, 2, 0.25]
     histogram = result["similarity_histogram"]
     assert {number: count for number, count in enumerate(histogram) if count} == {0: 1, 25: 2, 39: 1}
     print_summary(result)
