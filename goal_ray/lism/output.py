@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from goal_ray.lism.picks import Picks
-from goal_ray.lism.progress import PHASES, Work
+from goal_ray.lism.work import PHASES, Work
 from goal_ray.storage import join, list_names, open_atomic, open_read, read_bytes, remove, write_bytes
 from goal_ray.tars import (
     PAIRS_EXTENSION,

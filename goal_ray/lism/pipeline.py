@@ -19,7 +19,7 @@ from goal_ray.errors import CaptionError, GoalRayError, ShardError, StageError
 from goal_ray.images import decode_image, shrink
 from goal_ray.lism.config import LismConfig
 from goal_ray.lism.matching import Matcher, MatchTask
-from goal_ray.lism.progress import Work
+from goal_ray.lism.work import Work
 from goal_ray.pairs import Pair, PairRecord, Region
 from goal_ray.ray_session import quiet_ray_data
 from goal_ray.regions import Regions, usable

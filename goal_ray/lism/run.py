@@ -12,17 +12,18 @@ from typing import Any
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from tqdm import tqdm
 
 from goal_ray import __version__
 from goal_ray.config import to_tree, to_yaml
 from goal_ray.errors import StageError
 from goal_ray.lism.config import LismConfig
 from goal_ray.lism.gallery import draw_gallery
+from goal_ray.lism.metrics import Metrics
 from goal_ray.lism.output import OutputFolder, ShardCounts, describe_bad, summary
 from goal_ray.lism.picks import Pick, Picks
 from goal_ray.lism.pipeline import Item, WorkerLost, stream_groups
-from goal_ray.lism.progress import Work
+from goal_ray.lism.progress import Progress
+from goal_ray.lism.work import Work
 from goal_ray.ray_session import ray_session
 from goal_ray.storage import exists, join, read_bytes, size_bytes, write_bytes
 from goal_ray.tars import expand_shards, shard_name
@@ -142,33 +143,31 @@ def pair_shards(
     import ray
 
     on_gpu, finish = choose_gpu(config), ray.remote(finish_shard)
-    shards, before = list(sizes), len(finished)
+    shards = list(sizes)
     waiting: dict[int, list[Item]] = defaultdict(list)
     work: dict[int, list[Work]] = defaultdict(list)
     expected: dict[int, int] = {}
     writing: dict[Any, str] = {}
-    samples = quarantined = 0
-    with tqdm(desc="lism", total=sum(sizes.values()), unit="B", unit_scale=True, dynamic_ncols=True) as bar:
+    with Progress(sum(sizes.values()), len(shards), Metrics(folder.url)) as progress:
         for group in stream_groups(shards, config, provenance(config), on_gpu):
             shard, items = shards[group.shard], waiting[group.shard]
             items += group.items
             work[group.shard] += group.work
             bad = [item for item in group.items if item.problem is not None]
-            samples, quarantined = samples + len(group.items), quarantined + len(bad)
-            if bad and quarantined > EARLY_BAD:
-                check_bad(quarantined, samples, config.max_bad_share, bad_record(shard, bad[-1]), folder)
-            bar.update(size_of(group.items))
+            stages = [item.problem.stage for item in bad if item.problem is not None]
+            progress.passed(len(group.items), size_of(group.items), stages, group.work)
+            if bad and progress.bad > EARLY_BAD:
+                example = bad_record(shard, bad[-1])
+                check_bad(progress.bad, progress.images, config.max_bad_share, example, folder)
             if group.last:
                 expected[group.shard] = group.items[-1].number + 1
             if len(items) == expected.get(group.shard):
                 through = waiting.pop(group.shard), work.pop(group.shard)
                 writing[finish.remote(shard, sizes[shard], *through, folder)] = shard
-                bar.update(sizes[shard] - size_of(items))  # headers and padding; what lies behind a tar's damage
-            finished.update(collect(writing, timeout_s=0))
-            state = f"{samples} images, {len(finished) - before}/{len(shards)} shards, {quarantined} bad"
-            bar.set_postfix_str(state, refresh=False)
-        finished.update(collect(writing, timeout_s=None))
-        bar.set_postfix_str(f"{samples} images, {len(shards)} shards, {quarantined} bad")
+                progress.skipped(sizes[shard] - size_of(items))
+            collect(writing, finished, progress, timeout_s=0)
+        collect(writing, finished, progress, timeout_s=None)
+        progress.all_done()
     if waiting:
         raise StageError(f"{len(waiting)} shards came back incomplete; run the same command again")
 
@@ -178,25 +177,29 @@ def size_of(items: list[Item]) -> int:
     return sum(item.size_bytes for item in items)
 
 
-def collect(writing: dict[Any, str], timeout_s: float | None) -> dict[str, ShardCounts]:
-    """Takes the shards out of `writing` that are written by now, or all. Raises StageError for one that failed."""
+def collect(
+    writing: dict[Any, str], finished: dict[str, ShardCounts], progress: Progress, timeout_s: float | None
+) -> None:
+    """Moves the shards that are written by now, or all, from `writing` to `finished`.
+
+    Raises StageError for one that failed.
+    """
     import ray
 
     if not writing:
-        return {}
+        return
     ready, _ = ray.wait(list(writing), num_returns=len(writing), timeout=timeout_s)
-    finished = {}
     for reference in ready:
         shard = writing.pop(reference)
         try:
-            finished[shard], _ = ray.get(reference)
+            finished[shard], work = ray.get(reference)
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None) or error
             raise StageError(
                 f"the pairs of {shard_name(shard)} cannot be written: {type(cause).__name__}: {cause}; "
                 "mend it and run the same command again, it goes on"
             ) from None
-    return finished
+        progress.finished(finished[shard].sentences, work)
 
 
 def finish_shard(
