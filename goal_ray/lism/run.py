@@ -199,7 +199,7 @@ def collect(
                 f"the pairs of {shard_name(shard)} cannot be written: {type(cause).__name__}: {cause}; "
                 "mend it and run the same command again, it goes on"
             ) from None
-        progress.finished(finished[shard].sentences, work)
+        progress.finished(finished[shard].pairs, work)
 
 
 def finish_shard(

@@ -201,7 +201,7 @@ def test_the_metrics_of_a_run_can_be_scraped_from_the_node_and_are_its_numbers(m
     busy = {phase: work["seconds"] for phase, work in summary["work"].items()}
     assert found == {
         (f"{prefix}images_total",): summary["samples"],
-        (f"{prefix}pairs_total",): summary["sentences"],
+        (f"{prefix}pairs_total",): summary["pairs"],
         (f"{prefix}shards_done_total",): len(MIXED),
         (f"{prefix}images_per_second",): 0,
         **{(f"{prefix}quarantined_total", stage): count for stage, count in bad.items()},
