@@ -77,6 +77,36 @@ def test_without_a_measure_a_mark_does_not_even_read_the_clock(monkeypatch):
         pass
 
 
+def test_on_cuda_a_phase_has_the_devices_seconds_and_nothing_waits_before_the_end(clock, monkeypatch):
+    device, waited = Clock(), []
+
+    class Event:
+        """A moment in a stream that runs behind the host."""
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = device.now
+
+        def synchronize(self):
+            waited.append(clock.now)
+
+        def elapsed_time(self, end):
+            return 1000 * (end.at - self.at)
+
+    monkeypatch.setattr(timing.torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(timing.torch.cuda, "Event", Event)
+    with measure("propose") as seconds:
+        for _ in range(2):
+            with timed("encode"):
+                clock.work(0.25)
+                device.work(3)
+        clock.work(9.5)  # the host waits for results
+    assert seconds == {"propose": 4, "encode": 6}
+    assert waited == [10, 10]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_work_on_a_gpu_counts_where_it_was_launched():
     big = torch.randn(8192, 8192, device="cuda")

@@ -12,7 +12,7 @@ from typing import Any
 SHOWN = 12
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Pick:
     """One pair.
 

@@ -68,6 +68,7 @@ def test_demo_run_again_trains_nothing_and_gives_the_same_numbers(made):
 def test_demo_writes_a_report_of_its_runs(made):
     html = (made["out"] / "seed-0" / "report.html").read_text()
     assert all(name in html for name in ("start", "global", "goal"))
+    assert (made["out"] / made["result"]["seeds"][0]["gallery"]).exists()
 
 
 def test_spread_over_seeds_is_mean_and_sample_deviation():
