@@ -23,6 +23,7 @@ READERS: dict[str, tuple[Callable[[bytes], bool], type[ImageFile]]] = {
     "PNG": (lambda data: data.startswith(b"\x89PNG\r\n\x1a\n"), PngImageFile),
     "WebP": (lambda data: data.startswith(b"RIFF") and data[8:12] == b"WEBP", WebPImageFile),
 }
+EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WebP": "webp"}
 # EXIF orientation -> what makes the picture upright (EXIF 2.32, tag 0x0112).
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -35,6 +36,28 @@ UPRIGHT = {
 }
 
 
+def format_name(data: bytes) -> str | None:
+    """The picture's format, a key of READERS, told by its first bytes; None for anything else."""
+    return next((name for name, (matches, _) in READERS.items() if matches(data)), None)
+
+
+def upright_size(data: bytes) -> tuple[int, int]:
+    """(width, height) in pixels of the upright picture, from its header; the bytes behind that may be missing.
+
+    Raises ImageError where no header of these formats is found.
+    """
+    name = format_name(data)
+    if name is None:
+        raise ImageError(f"not a JPEG, PNG or WebP picture (it starts with {data[:8]!r}); convert it")
+    try:
+        image = READERS[name][1](io.BytesIO(data))
+    # As in decode_image: PIL raises nearly any type.
+    except Exception as error:
+        raise ImageError(f"damaged or truncated {name} header: {error}; store it again") from error
+    width, height = image.size
+    return (height, width) if orientation(image) >= 5 else (width, height)
+
+
 def decode_image(data: bytes, max_pixels: int = 150_000_000) -> Image.Image:
     """The upright RGB picture in JPEG, PNG or WebP bytes; of an animation, the first frame.
 
@@ -44,7 +67,7 @@ def decode_image(data: bytes, max_pixels: int = 150_000_000) -> Image.Image:
     """
     if not data:
         raise ImageError("the picture is empty (0 bytes); store it again")
-    name = next((name for name, (matches, _) in READERS.items() if matches(data)), None)
+    name = format_name(data)
     if name is None:
         raise ImageError(f"not a JPEG, PNG or WebP picture (it starts with {data[:8]!r}); convert it")
     try:

@@ -91,28 +91,35 @@ class PairRecord:
 
         Raises ShardError that names `where`, the field and its value.
         """
-        try:
-            tree = pydantic_core.from_json(data)
-        except ValueError as error:
-            raise ShardError(f"{where}: the pairs are not JSON: {error}; {_REMEDY}") from None
-        version = tree.get("version") if isinstance(tree, dict) else None
-        if type(version) is not int or version != VERSION:
-            raise ShardError(
-                f"{where}: the pairs have version = {version!r}, this goal_ray reads {VERSION}; {_REMEDY}, "
-                "or use the goal_ray that wrote it"
-            )
-        try:
-            record = _ADAPTER.validate_json(data, strict=True)
-        except ValidationError as error:
-            first = error.errors()[0]
-            value = "nothing" if first["type"] == "missing" else reprlib.repr(first["input"])
-            raise ShardError(f"{where}: pairs: {_dotted(first['loc'])} = {value}: {first['msg']}; {_REMEDY}") from None
-        for field, value, problem in _violations(record, len(caption)):
-            raise ShardError(f"{where}: pairs: {field} = {value!r}: {problem}; {_REMEDY}")
+        record, problems = examine(data, caption)
+        if record is None or problems:
+            raise ShardError(f"{where}: {problems[0]}")
         return record
 
 
 _ADAPTER = TypeAdapter(PairRecord)
+
+
+def examine(data: bytes, caption: str | None) -> tuple[PairRecord | None, list[str]]:
+    """A stored record, None where the bytes are none, and all that breaks this module's docstring in it.
+
+    caption  the sample's caption exactly as stored; None where there is no usable one
+    """
+    try:
+        tree = pydantic_core.from_json(data)
+    except ValueError as error:
+        return None, [f"the pairs are not JSON: {error}; {_REMEDY}"]
+    version = tree.get("version") if isinstance(tree, dict) else None
+    if type(version) is not int or version != VERSION:
+        problem = f"the pairs have version = {version!r}, this goal_ray reads {VERSION}; {_REMEDY}, "
+        return None, [f"{problem}or use the goal_ray that wrote it"]
+    try:
+        record = _ADAPTER.validate_json(data, strict=True)
+    except ValidationError as error:
+        return None, [f"pairs: {_explain(item)}; {_REMEDY}" for item in error.errors()]
+    caption_chars = None if caption is None else len(caption)
+    violations = _violations(record, caption_chars)
+    return record, [f"pairs: {field} = {value!r}: {problem}; {_REMEDY}" for field, value, problem in violations]
 
 
 def best_pairs(record: PairRecord, count: int) -> list[Pair]:
@@ -175,6 +182,11 @@ def _rounded(box: tuple[float, float, float, float]) -> list[float]:
 
 def _six_digits(value: float) -> float:
     return float(f"{value:.6g}")
+
+
+def _explain(item: Any) -> str:
+    value = "nothing" if item["type"] == "missing" else reprlib.repr(item["input"])
+    return f"{_dotted(item['loc'])} = {value}: {item['msg']}"
 
 
 def _dotted(location: Sequence[int | str]) -> str:

@@ -71,6 +71,23 @@ def remove(url: str) -> None:
         fs.rm_file(path)
 
 
+def read_range(url: str, start: int, length: int) -> bytes:
+    """Part of a file, by one request. Raises OSError where the file ends before the part does."""
+    fs, path = url_to_fs(url)
+    data = bytes(fs.cat_file(path, start=start, end=start + length))
+    if len(data) != length:
+        raise OSError(f"{url}: holds {len(data)} of the {length} bytes from {start} on; was it changed meanwhile?")
+    return data
+
+
+def resolved(url: str) -> tuple[str, str]:
+    """What two addresses of one file have in common: protocol and path, without links."""
+    fs, path = url_to_fs(url)
+    if isinstance(fs, LocalFileSystem):
+        return "file", os.path.realpath(path)
+    return fs.to_json(), path
+
+
 def exists(url: str) -> bool:
     """Whether a file or folder is there."""
     fs, path = url_to_fs(url)

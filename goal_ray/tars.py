@@ -7,6 +7,7 @@ A member's name splits at the first dot of its base name, as in WebDataset: `a/b
 import io
 import tarfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Literal, Self
 
@@ -14,7 +15,7 @@ from braceexpand import braceexpand
 from fsspec.core import url_to_fs
 
 from goal_ray.errors import CaptionError, ShardError
-from goal_ray.storage import open_atomic, open_read
+from goal_ray.storage import open_atomic, open_read, size_bytes
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 CAPTION_EXTENSION = "txt"
@@ -44,7 +45,7 @@ class Sample:
     def caption(self) -> str:
         """The caption, exactly as stored. Raises CaptionError if missing, empty or not UTF-8."""
         if CAPTION_EXTENSION not in self.members:
-            raise CaptionError(f"sample {self.key!r} has no .txt caption (members: {sorted(self.members)})")
+            raise CaptionError(f"sample {self.key!r} has no .txt caption (members: {sorted(self.members)}); add one")
         if CAPTION_EXTENSION in self.repeated:
             raise CaptionError(f"sample {self.key!r} has more than one .txt caption; keep one")
         try:
@@ -52,7 +53,7 @@ class Sample:
         except UnicodeDecodeError as error:
             raise CaptionError(f"caption of sample {self.key!r} is not UTF-8: {error}; re-encode it") from None
         if not text.strip("\ufeff \t\r\n"):
-            raise CaptionError(f"caption of sample {self.key!r} is empty")
+            raise CaptionError(f"caption of sample {self.key!r} is empty; write one")
         return text
 
 
@@ -61,9 +62,9 @@ def image_extension(key: str, extensions: Mapping[str, object], repeated: tuple[
     present = [extension for extension in IMAGE_EXTENSIONS if extension in extensions]
     if not present:
         wanted = "/".join(IMAGE_EXTENSIONS)
-        raise ShardError(f"sample {key!r} has no picture ({wanted}; members: {sorted(extensions)})")
+        raise ShardError(f"sample {key!r} has no picture ({wanted}; members: {sorted(extensions)}); add one")
     if len(present) > 1 or present[0] in repeated:
-        raise ShardError(f"sample {key!r} has more than one picture ({present}); which one does the caption mean?")
+        raise ShardError(f"sample {key!r} has more than one picture ({present}); keep the one that the caption means")
     return present[0]
 
 
@@ -76,18 +77,19 @@ def split_name(member_name: str) -> tuple[str, str] | None:
     return folder + slash + stem, extension.lower()
 
 
-def expand_shards(spec: str) -> list[str]:
-    """Sorted tar addresses for a file, a folder, a glob or a brace pattern (`s3://b/train-{000..099}.tar`).
+def expand_files(spec: str, suffixes: tuple[str, ...]) -> list[str]:
+    """Sorted addresses for a file, a folder, a glob or a brace pattern (`s3://b/train-{000..099}.tar`).
 
-    Raises ShardError where nothing is there, where a folder holds no `.tar`, or where two tars share a name.
+    Of a folder, the visible files right inside it that end in one of `suffixes`. Raises ShardError where nothing is
+    there.
     """
     urls: list[str] = []
     for pattern in braceexpand(str(spec)):
         fs, path = url_to_fs(pattern)
         if fs.isdir(path):
-            found = [entry for entry in fs.ls(path, detail=False) if entry.endswith(".tar")]
+            found = [entry for entry in fs.ls(path, detail=False) if entry.lower().endswith(suffixes)]
             if not found:
-                raise ShardError(f"{pattern}: the folder holds no .tar file; a shard is an uncompressed WebDataset tar")
+                raise ShardError(f"{pattern}: the folder holds no {'/'.join(suffixes)} file")
         elif any(sign in path for sign in "*?["):
             found = fs.glob(path)
             if not found:
@@ -98,9 +100,17 @@ def expand_shards(spec: str) -> list[str]:
             found = [path]
         visible = (entry for entry in found if not entry.rsplit("/", 1)[-1].startswith("."))
         urls.extend(str(fs.unstrip_protocol(entry)).removeprefix("file://") for entry in visible)
-    urls = sorted(set(urls))
     if not urls:
-        raise ShardError(f"{spec}: no visible .tar file")
+        raise ShardError(f"{spec}: no visible {'/'.join(suffixes)} file")
+    return sorted(set(urls))
+
+
+def expand_shards(spec: str) -> list[str]:
+    """Sorted tar addresses for a file, a folder, a glob or a brace pattern (`s3://b/train-{000..099}.tar`).
+
+    Raises ShardError where nothing is there, where a folder holds no `.tar`, or where two tars share a name.
+    """
+    urls = expand_files(spec, (".tar",))
     by_name: dict[str, str] = {}
     for url in urls:
         other = by_name.setdefault(shard_name(url), url)
@@ -229,31 +239,40 @@ class SampleIndex:
     repeated: tuple[str, ...] = ()
 
 
+@contextmanager
+def reading_headers(url: str) -> Iterator[tarfile.TarFile]:
+    """Opens a tar for `iter_members` to seek from header to header, reading no member.
+
+    Damage that is met inside the block becomes a ShardError.
+    """
+    with open_read(url) as file:
+        try:
+            with open_tar(file, "r:") as tar:
+                yield tar
+        except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
+            raise ShardError(f"{url}: corrupt or truncated tar: {error}") from None
+
+
 def index_shard(url: str) -> list[SampleIndex]:
     """Finds every sample of a tar by reading only the headers, so that samples can be read in any order.
 
     Raises ShardError on a corrupt or truncated tar.
     """
     samples: list[SampleIndex] = []
-    with open_read(url) as file:
-        size = file.seek(0, io.SEEK_END)
-        file.seek(0)
-        try:
-            with open_tar(file, "r:") as tar:
-                for member in iter_members(tar):
-                    info, extension = member.info, member.extension
-                    if member.sample < 0:
-                        continue
-                    if info.offset_data + info.size > size:
-                        raise tarfile.ReadError(f"member {info.name!r} reaches beyond the end of the file")
-                    if member.sample == len(samples):
-                        samples.append(SampleIndex(member.key, {}))
-                    current = samples[-1]
-                    again = (extension,) if extension in current.members else ()
-                    place = {**current.members, extension: (info.offset_data, info.size)}
-                    samples[-1] = SampleIndex(current.key, place, (*current.repeated, *again))
-        except (tarfile.TarError, EOFError, OSError) as error:
-            raise ShardError(f"{url}: corrupt or truncated tar: {error}") from None
+    size = size_bytes(url)
+    with reading_headers(url) as tar:
+        for member in iter_members(tar):
+            info, extension = member.info, member.extension
+            if member.sample < 0:
+                continue
+            if info.offset_data + info.size > size:
+                raise tarfile.ReadError(f"member {info.name!r} reaches beyond the end of the file")
+            if member.sample == len(samples):
+                samples.append(SampleIndex(member.key, {}))
+            current = samples[-1]
+            again = (extension,) if extension in current.members else ()
+            place = {**current.members, extension: (info.offset_data, info.size)}
+            samples[-1] = SampleIndex(current.key, place, (*current.repeated, *again))
     return samples
 
 

@@ -10,9 +10,6 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
-
 from goal_ray import __version__
 from goal_ray.config import to_tree, to_yaml
 from goal_ray.errors import StageError
@@ -25,7 +22,7 @@ from goal_ray.lism.pipeline import Item, WorkerLost, stream_groups
 from goal_ray.lism.progress import Progress
 from goal_ray.lism.work import Work
 from goal_ray.ray_session import ray_session
-from goal_ray.storage import exists, join, read_bytes, size_bytes, write_bytes
+from goal_ray.storage import exists, join, read_bytes, resolved, size_bytes, write_bytes
 from goal_ray.tars import expand_shards, shard_name
 from goal_ray.text import split_sentences
 
@@ -61,14 +58,6 @@ def run_lism(source: str, target: str, config: LismConfig) -> dict[str, Any]:
     if result["quarantined"]:
         check_bad(result["quarantined"], result["samples"], config.max_bad_share, result["first_bad"][0], folder)
     return result
-
-
-def resolved(url: str) -> tuple[str, str]:
-    """What two addresses of one file have in common: protocol and path, without links."""
-    fs, path = url_to_fs(url)
-    if isinstance(fs, LocalFileSystem):
-        return "file", os.path.realpath(path)
-    return fs.to_json(), path
 
 
 def check_settings(target: str, config: LismConfig) -> None:
