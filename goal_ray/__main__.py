@@ -9,6 +9,7 @@ from goal_ray.cli import run_main
 STAGES = {
     "demo": "run every stage on drawn scenes, on this machine, with measured results",
     "scenes": "draw pictures with long captions and known truth",
+    "shards": "make shards of pictures and captions; inspect, validate and reshard them",
     "lism": "match each sentence of a caption to a region of its picture",
     "train": "fine-tune a CLIP with GOAL",
     "evaluate": "measure retrieval of a model on shards",

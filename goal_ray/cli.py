@@ -37,6 +37,11 @@ def parser(
     return made
 
 
+def printable(text: str) -> str:
+    """The text on one line, what no terminal shows as an escape."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
 def run_main(main: Callable[[Sequence[str] | None], None], arguments: Sequence[str] | None = None) -> None:
     """Runs a stage's main; a user's error, or the system's, becomes one message on stderr and exit status 2."""
     try:

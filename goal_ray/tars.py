@@ -4,9 +4,10 @@ A member's name splits at the first dot of its base name, as in WebDataset: `a/b
 `a/b.c/img` and the extension `pairs.json`. Members of one key stand side by side. Nothing is ever extracted to disk.
 """
 
+import errno
 import io
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Literal, Self
@@ -250,6 +251,9 @@ def reading_headers(url: str) -> Iterator[tarfile.TarFile]:
             with open_tar(file, "r:") as tar:
                 yield tar
         except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
+            # Only a senseless place to seek to says something against the tar; else the storage fails.
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:
+                raise
             raise ShardError(f"{url}: corrupt or truncated tar: {error}") from None
 
 
@@ -278,13 +282,32 @@ def index_shard(url: str) -> list[SampleIndex]:
 
 def write_tar(url: str, samples: Iterator[tuple[str, Mapping[str, bytes]]]) -> int:
     """Writes samples, (key, extension -> bytes), as one tar; same samples, same bytes. Returns how many."""
+    with open_atomic(url) as file:
+        return write_samples(file, samples)
+
+
+def write_samples(file: IO[bytes], samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> int:
+    """As `write_tar`, into an open file."""
     count = 0
-    with open_atomic(url) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for key, members in samples:
             for extension, data in members.items():
                 tar.addfile(member_info(f"{key}.{extension}", len(data)), io.BytesIO(data))
             count += 1
     return count
+
+
+def stored_bytes(key: str, members: Mapping[str, bytes]) -> int:
+    """How many bytes a sample takes in a tar of `write_samples`, headers and padding included."""
+    sizes = {f"{key}.{extension}": len(data) for extension, data in members.items()}
+    headers = sum(len(member_info(name, size).tobuf(tarfile.GNU_FORMAT)) for name, size in sizes.items())
+    return headers + sum(-(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE for size in sizes.values())
+
+
+def end_mark(content_bytes: int) -> bytes:
+    """The zeros that end a tar of so many bytes of members: two blocks, and what fills the last record."""
+    whole = -(-(content_bytes + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+    return bytes(whole - content_bytes)
 
 
 def member_info(name: str, size_bytes: int) -> tarfile.TarInfo:

@@ -1,0 +1,207 @@
+"""Shards from a source of pictures and captions. Interrupted and begun again, the bytes come out the same.
+
+OUT/NAME-000000.tar, …        the shards, each renamed into place when complete
+OUT/skipped.jsonl             written at the end: everything in the source that became no sample, and why
+OUT/make.json                 what the folder is made of
+OUT/done/NAME-000000.json     where in the source the shard ends, and counts; .keys its keys' hashes, .skipped.jsonl
+                              its part of skipped.jsonl; these are there before their tar is
+"""
+
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from typing import IO
+
+from fsspec.core import url_to_fs
+from tqdm import tqdm
+
+from goal_ray.errors import StageError
+from goal_ray.shards.keys import HASH_BYTES, KeySet, key_hash
+from goal_ray.shards.outcomes import Outcome, Place, read_outcomes
+from goal_ray.shards.output import claim_folder, refuse_overlap, tar_name
+from goal_ray.shards.sources.candidate import Candidate, Unusable
+from goal_ray.shards.sources.detect import SourceSettings, open_source
+from goal_ray.storage import exists, join, open_atomic, open_read, read_bytes, write_bytes
+from goal_ray.tars import end_mark, shard_name, stored_bytes, write_samples
+
+SETTINGS_FILE = "make.json"
+SKIPPED_FILE = "skipped.jsonl"
+_FIRST_UNREADABLE = 100
+
+
+@dataclass(frozen=True)
+class ShardSize:
+    """A shard is full at so many samples, or when the next one would make the tar larger than so many bytes."""
+
+    samples: int = 1000
+    size_bytes: int = 1_000_000_000
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.size_bytes < 1:
+            raise StageError("a shard must have room for at least 1 sample and 1 byte")
+
+
+@dataclass
+class Made:
+    """What became of a stretch of the source: its end, samples, and what was skipped, by kind."""
+
+    end: Place = field(default_factory=Place)
+    samples: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    exhausted: bool = False
+
+
+@dataclass
+class Ledger:
+    """A shard in the making: what came of it, its keys, its lines of skipped.jsonl, and what had no room in it."""
+
+    made: Made
+    lines: IO[bytes]
+    hashes: list[bytes] = field(default_factory=list)
+    left_over: list[Outcome] = field(default_factory=list)
+
+    def skip(self, candidate: Candidate, why: Unusable) -> None:
+        """Counts and lists a candidate that is no sample."""
+        self.made.skipped[why.kind] += 1
+        record = {"key": candidate.key, "source": candidate.origin, "kind": why.kind, "reason": str(why)}
+        # Names that are not UTF-8 stand in it as JSON's own escapes.
+        self.lines.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """The output folder, on any storage."""
+
+    url: str
+    name: str
+
+    def tar(self, number: int) -> str:
+        """The address of a shard."""
+        return join(self.url, tar_name(self.name, number))
+
+    def _done(self, number: int, suffix: str) -> str:
+        return join(self.url, f"done/{self.name}-{number:06d}.{suffix}")
+
+    def finished(self, number: int, seen: KeySet) -> Made | None:
+        """What a shard holds, if it is complete; then its keys are put among those that were seen."""
+        if not exists(self._done(number, "json")):
+            return None
+        tree = json.loads(read_bytes(self._done(number, "json")))
+        made = Made(Place(**tree["end"]), tree["samples"], Counter(tree["skipped"]), tree["exhausted"])
+        if made.samples and not exists(self.tar(number)):
+            return None
+        packed = read_bytes(self._done(number, "keys"))
+        seen.add(packed[start : start + HASH_BYTES] for start in range(0, len(packed), HASH_BYTES))
+        return made
+
+    def record(self, number: int, ledger: Ledger) -> None:
+        """Writes what is to be known of a shard beside its tar."""
+        ledger.lines.seek(0)
+        with open_atomic(self._done(number, SKIPPED_FILE)) as file:
+            shutil.copyfileobj(ledger.lines, file)
+        write_bytes(self._done(number, "keys"), b"".join(ledger.hashes))
+        tree = {**vars(ledger.made), "end": asdict(ledger.made.end)}
+        write_bytes(self._done(number, "json"), json.dumps(tree).encode())
+
+    def list_skipped(self, shards: int) -> None:
+        """Puts all that was skipped into one file."""
+        with open_atomic(join(self.url, SKIPPED_FILE)) as file:
+            for number in range(shards):
+                with open_read(self._done(number, SKIPPED_FILE)) as part:
+                    shutil.copyfileobj(part, file)
+
+
+def make_shards(settings: SourceSettings, out: str, name: str | None, size: ShardSize) -> tuple[Made, int]:
+    """Makes the shards that `out` lacks. Returns what became of the whole source, and how many tars there are.
+
+    name  shards are called NAME-000000.tar, …; None for the last part of `out`
+
+    Raises StageError for an unusable source, or a folder begun with other settings; OSError where a storage fails.
+    """
+    kind, source = open_source(settings)
+    refuse_overlap(out, [settings.place, *source.parts])
+    folder = OutputFolder(out, name or shard_name(out.rstrip("/")) or "shard")
+    parts = [[shard_name(part), file_bytes(part)] for part in source.parts]
+    claim_folder(
+        out, SETTINGS_FILE, {**asdict(settings), "kind": kind, "name": folder.name, **asdict(size), "parts": parts}
+    )
+    seen, total, number, tars = KeySet(), Made(), 0, 0
+    outcomes: Iterator[Outcome] | None = None
+    left_over: list[Outcome] = []
+    with tqdm(unit="sample", desc="make", disable=None) as bar:
+        while not total.exhausted:
+            made = folder.finished(number, seen)
+            if made is None:
+                outcomes = outcomes or read_outcomes(source, total.end, seen)
+                ledger = make_shard(folder, number, chain(left_over, outcomes), seen, size, bar)
+                made, left_over = ledger.made, ledger.left_over
+            else:
+                outcomes, left_over = None, []
+                bar.update(made.samples)
+            total = Made(made.end, total.samples + made.samples, total.skipped + made.skipped, made.exhausted)
+            bar.set_postfix_str(f"{total.skipped.total()} skipped")
+            number, tars = number + 1, tars + (made.samples > 0)
+    folder.list_skipped(number)
+    if not total.samples:
+        raise StageError(f"{settings.place}: no sample in it; {join(out, SKIPPED_FILE)} tells of all that was found")
+    return total, tars
+
+
+def file_bytes(url: str) -> int | None:
+    """The size of a file; None for a folder."""
+    fs, path = url_to_fs(url)
+    info = fs.info(path)
+    return None if info["type"] == "directory" else int(info["size"])
+
+
+def make_shard(
+    folder: OutputFolder, number: int, outcomes: Iterator[Outcome], seen: KeySet, size: ShardSize, bar: tqdm
+) -> Ledger:
+    """Writes one shard from the next outcomes; no tar where they hold no sample."""
+    with tempfile.TemporaryFile() as lines:
+        ledger = Ledger(Made(), lines)
+        samples = fill(ledger, outcomes, seen, size, bar)
+        first = next(samples, None)
+        if first is None:
+            folder.record(number, ledger)
+        else:
+            with open_atomic(folder.tar(number)) as file:
+                write_samples(file, chain([first], samples))
+                # Before the tar appears, so that one that is there need never be written again.
+                folder.record(number, ledger)
+    return ledger
+
+
+def fill(
+    ledger: Ledger, outcomes: Iterator[Outcome], seen: KeySet, size: ShardSize, bar: tqdm
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """The samples of one shard until it is full; the ledger tells what became of everything on the way."""
+    made, content_bytes = ledger.made, 0
+    for outcome in outcomes:
+        key, verdict = outcome.candidate.key, outcome.verdict(seen)
+        if isinstance(verdict, Unusable):
+            ledger.skip(outcome.candidate, verdict)
+            if made.skipped["unreadable"] == _FIRST_UNREADABLE and not len(seen):
+                raise StageError(
+                    f"none of the first {_FIRST_UNREADABLE} pictures can be read; one of them: {verdict}; "
+                    "relative paths start from the list's folder, or from --images"
+                )
+        else:
+            stored = stored_bytes(key, verdict)
+            if made.samples and content_bytes + stored + len(end_mark(content_bytes + stored)) > size.size_bytes:
+                ledger.left_over.append(outcome)
+                return
+            content_bytes += stored
+            made.samples += 1
+            ledger.hashes.append(key_hash(key))
+            seen.add(ledger.hashes[-1:])
+            bar.update()
+            yield key, verdict
+        made.end = outcome.after
+        if made.samples == size.samples:
+            return
+    made.exhausted = True

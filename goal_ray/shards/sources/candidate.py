@@ -1,0 +1,140 @@
+"""A candidate for a sample, as every kind of source yields it, and what can be wrong with one."""
+
+import errno
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import pydantic_core
+from fsspec import AbstractFileSystem
+
+from goal_ray.errors import StageError
+
+Kind = Literal[
+    "bad caption",
+    "bad key",
+    "bad row",
+    "damaged tar",
+    "duplicate key",
+    "failed download",
+    "no caption",
+    "no picture",
+    "not a picture",
+    "repeated members",
+    "unreadable",
+]
+
+
+class Unusable(Exception):
+    """Why a candidate becomes no sample: `kind` is counted, the message is listed."""
+
+    def __init__(self, kind: Kind, reason: str):
+        super().__init__(reason)
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a source holds for a sample: the picture's bytes, the caption's (None: there is none), other members."""
+
+    picture: bytes
+    caption: bytes | None
+    others: Mapping[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something in a source that may be a sample.
+
+    origin   where it stands, for people: file, or file and row
+    content  reads it, in a thread, or raises Unusable; or why it is known to be no sample
+    """
+
+    key: str
+    origin: str
+    content: Callable[[], Found] | Unusable
+
+
+class Source(Protocol):
+    """A source in parts, each of which can be read without the others: files, folders, tars."""
+
+    @property
+    def parts(self) -> Sequence[str]:
+        """Addresses of the parts, in order."""
+
+    def candidates(self, part: str) -> Iterator[Candidate]:
+        """The candidates of a part, the same ones in the same order each time."""
+
+
+def tar_key(path: str) -> str:
+    """A key for a path without its suffix: dots of the base name, which would end the key, are written `%2E`.
+
+    Different paths have different keys, apart from `//`, `.` and `..`, which are dropped.
+    """
+    parts = [part for part in path.partition("://")[2 * ("://" in path)].split("/") if part not in ("", ".", "..")]
+    *folders, base = parts or [""]
+    return "/".join([*folders, base.replace("%", "%25").replace(".", "%2E")])
+
+
+def stem_and_suffix(path: str) -> tuple[str, str]:
+    """A path without its suffix, and the suffix in lower case without its dot: `a.b/c.d.JPG` -> `a.b/c.d`, `jpg`."""
+    folder, slash, base = path.rpartition("/")
+    stem, dot, suffix = base.rpartition(".")
+    return (folder + slash + stem, suffix.lower()) if dot and stem else (path, "")
+
+
+def read_file(fs: AbstractFileSystem, path: str, what: str) -> bytes:
+    """The bytes of a file. Raises Unusable for a file that cannot be had; a failing storage's error passes through."""
+    try:
+        return bytes(fs.cat_file(path))
+    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError) as error:
+        problem: Exception = error
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        problem = error
+    raise Unusable("unreadable", f"the {what} cannot be read: {type(problem).__name__}: {problem}")
+
+
+def one_caption(captions: Sequence[str], several: Literal["join", "first"]) -> bytes | None:
+    """The caption of a picture that has any number of them; None where none says anything.
+
+    Joined captions keep their order; a full stop is put behind those that end without a sign, so that sentences stay
+    apart. A single caption stays exactly as it is.
+    """
+    told = [caption for caption in captions if caption.strip()]
+    if not told:
+        return None
+    text = told[0]
+    if several == "join" and len(told) > 1:
+        stripped = [caption.strip() for caption in told]
+        text = " ".join(caption if caption[-1] in ".!?…。！？\"'”’»)" else f"{caption}." for caption in stripped)
+    return text.encode("utf-8", "surrogatepass")
+
+
+def fields_json(fields: Mapping[str, Any]) -> dict[str, bytes]:
+    """The other fields of a record as the member KEY.json; no member for no fields."""
+    if not fields:
+        return {}
+    try:
+        return {"json": pydantic_core.to_json(dict(fields), bytes_mode="base64", inf_nan_mode="null")}
+    except pydantic_core.PydanticSerializationError as error:
+        raise Unusable("bad row", f"the other fields cannot be written as JSON: {error}") from None
+
+
+def choose_column(columns: Sequence[str], wanted: str | None, known: Sequence[str], what: str, list_url: str) -> str:
+    """The column that holds `what`: the wanted one, or else the only one of a known name.
+
+    Raises StageError that names the columns that are there.
+    """
+    there = f"the columns are {', '.join(map(repr, columns))}"
+    option = f"--{what}-column"
+    if wanted is not None:
+        if wanted not in columns:
+            raise StageError(f"{list_url}: no column {wanted!r} for {option}; {there}")
+        return wanted
+    found = [name for name in columns if name.lower() in known]
+    if len(found) != 1:
+        problem = f"several columns may hold the {what}: {', '.join(found)}" if found else f"no known {what} column"
+        raise StageError(f"{list_url}: {problem}; name it with {option}; {there}")
+    return found[0]

@@ -1,0 +1,110 @@
+"""Which kind of source something is, told by what is there."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from fsspec.core import url_to_fs
+
+from goal_ray.errors import StageError
+from goal_ray.shards.sources.candidate import Source
+from goal_ray.shards.sources.coco import CocoSource
+from goal_ray.shards.sources.folder import PICTURE_SUFFIXES, FolderSource
+from goal_ray.shards.sources.img2dataset import FilesSource, TarSource
+from goal_ray.shards.sources.lists import LIST_SUFFIXES, ListSource
+from goal_ray.storage import join
+from goal_ray.tars import expand_files, expand_shards
+
+KINDS = ("folder", "coco", "list", "img2dataset")
+_TABLE = re.compile(r"\d{5,}\.parquet")
+
+
+@dataclass(frozen=True)
+class SourceSettings:
+    """Where samples come from, and how to read it.
+
+    place: folder, file, glob or brace pattern
+    kind: one of KINDS; None to tell it by what is there
+    images: folder that relative paths of a list or COCO file start from; None for the file's own folder
+    picture_column: column of a list with the pictures' paths; None to tell it by well-known names
+    caption_column: column of a list with the captions; None to tell it by well-known names
+    key_column: column of a list with the samples' keys; None for the pictures' paths
+    captions: of several captions of one picture, make one long caption, or take the first
+    quotes: quotation marks enclose fields of CSV and TSV
+    """
+
+    place: str
+    kind: str | None = None
+    images: str | None = None
+    picture_column: str | None = None
+    caption_column: str | None = None
+    key_column: str | None = None
+    captions: Literal["join", "first"] = "join"
+    quotes: bool = True
+
+
+def open_source(settings: SourceSettings) -> tuple[str, Source]:
+    """The kind of a source and its reader. Raises StageError or ShardError where it is missing or not what it says."""
+    place = settings.place
+    kind = settings.kind or tell_kind(place)
+    if kind == "coco":
+        return kind, CocoSource(place, settings.images or place.rpartition("/")[0] or ".", settings.captions)
+    if kind == "list":
+        columns = (settings.picture_column, settings.caption_column, settings.key_column)
+        lists = expand_files(place, LIST_SUFFIXES)
+        unknown = [url for url in lists if not url.lower().endswith(LIST_SUFFIXES)]
+        if unknown:
+            raise StageError(f"{unknown[0]}: not a list; a list's name ends in {', '.join(LIST_SUFFIXES)}")
+        return kind, ListSource(lists, settings.images, columns, settings.captions, settings.quotes)
+    fs, path = url_to_fs(place)
+    if kind == "img2dataset":
+        tables = [name for name, _ in entries(place) if _TABLE.fullmatch(name)]
+        folders = [name.removesuffix(".parquet") for name in tables if fs.isdir(f"{path}/{name[:-8]}")]
+        if folders:
+            return kind, FilesSource([join(place, name) for name in folders])
+        return kind, TarSource(expand_shards(place))
+    if not fs.isdir(path):
+        raise StageError(f"{place}: no such folder")
+    return kind, FolderSource(place)
+
+
+def entries(place: str) -> list[tuple[str, str]]:
+    """(name, type) of all visible things in a folder, sorted; nothing where it is no folder."""
+    fs, path = url_to_fs(place)
+    if not fs.isdir(path):
+        return []
+    found = [(entry["name"].rstrip("/").rsplit("/", 1)[-1], entry["type"]) for entry in fs.ls(path, detail=True)]
+    return sorted((name, kind) for name, kind in found if name and not name.startswith("."))
+
+
+def tell_kind(place: str) -> str:
+    """The kind of a source. Raises StageError where it may be more than one, saying how to choose."""
+    name = place.lower()
+    if name.endswith(LIST_SUFFIXES):
+        return "list"
+    if name.endswith(".json"):
+        return "coco"
+    if name.endswith(".tar"):
+        return "img2dataset"
+    found = entries(place)
+    if not found:
+        raise StageError(f"{place}: no such file or folder, or an empty one")
+    files = [name.lower() for name, kind in found if kind != "directory"]
+    folders = {name for name, kind in found if kind == "directory"}
+    if any(name.endswith(".tar") for name in files):
+        return "img2dataset"
+    if any(_TABLE.fullmatch(name) and name[:-8] in folders for name in files):
+        return "img2dataset"
+    # img2dataset puts 00000_stats.json beside 00000.parquet.
+    lists = [name for name in files if name.endswith((*LIST_SUFFIXES, ".json")) and not name.endswith("_stats.json")]
+    pictures = [name for name in files if name.endswith(tuple(f".{suffix}" for suffix in PICTURE_SUFFIXES))]
+    beside = {name.rpartition(".")[0] for name in pictures}
+    lists = [name for name in lists if name.rpartition(".")[0] not in beside]
+    if not lists:
+        return "folder"
+    if not pictures and not folders and not any(name.endswith(".json") for name in lists):
+        return "list"
+    raise StageError(
+        f"{place}: is {lists[0]} a list of pictures? Then give the list itself as SOURCE, with --images {place}; "
+        "if the captions are .txt files beside the pictures, say --from folder"
+    )

@@ -1,0 +1,185 @@
+"""Lists with a row per picture: CSV, TSV, JSON Lines, Parquet. Read a few rows at a time."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain, islice
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
+
+from goal_ray.errors import StageError
+from goal_ray.shards.sources.candidate import (
+    Candidate,
+    Found,
+    Unusable,
+    choose_column,
+    fields_json,
+    one_caption,
+    read_file,
+    stem_and_suffix,
+    tar_key,
+)
+from goal_ray.storage import open_read
+
+LIST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+PICTURE_COLUMNS = (
+    "image_path", "image_file", "image", "img", "jpg", "file_name", "filename", "filepath", "file_path", "file", "path",
+    "picture",
+)  # fmt: skip
+CAPTION_COLUMNS = (
+    "caption", "captions", "text", "txt", "long_caption", "description", "sentence", "sentences",
+)  # fmt: skip
+_BATCH_ROWS = 256
+_HEAD_ROWS = 100
+Row = Mapping[str, Any]
+
+
+class ListSource:
+    """The rows of one or more lists; the key is the picture's path as the list gives it, or that of a key column.
+
+    A picture that stands in the list itself, without a path, takes its key from a column `key`, or list and row.
+
+    images   folder that relative paths start from; None: each list's own folder
+    columns  names of the columns of pictures, captions and keys; None: told by well-known names
+    quotes   whether quotation marks enclose fields of CSV and TSV
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        images: str | None,
+        columns: tuple[str | None, str | None, str | None],
+        several: Literal["join", "first"],
+        quotes: bool,
+    ):
+        self.parts = list(urls)
+        self._images, self._columns, self._several, self._quotes = images, columns, several, quotes
+
+    def candidates(self, part: str) -> Iterator[Candidate]:
+        """One candidate per row."""
+        folder = self._images or part.rpartition("/")[0] or "."
+        found = rows(part, self._quotes)
+        # Rows of JSON may leave columns out, so the names are those of many.
+        head = list(islice(found, _HEAD_ROWS))
+        names = list(dict.fromkeys(name for _, row in head if not isinstance(row, Unusable) for name in row))
+        picture_column, caption_column, key_column = self._choose(names, part) if names else ("", "", None)
+        for number, row in chain(head, found):
+            origin = f"{part.rsplit('/', 1)[-1]} row {number}"
+            if isinstance(row, Unusable):
+                yield Candidate("", origin, row)
+                continue
+            rest = {name: value for name, value in row.items() if name not in (picture_column, caption_column)}
+            path, data = path_and_bytes(row.get(picture_column))
+            if key_column is not None:
+                key = tar_key(str(row.get(key_column) or ""))
+            else:
+                stem = part.rsplit("/", 1)[-1].partition(".")[0]
+                key = tar_key(stem_and_suffix(path)[0] if path else str(row.get("key") or f"{stem}-{number:09d}"))
+            captions = row.get(caption_column)
+            load = partial(self._load, folder, path, data, captions, rest)
+            yield Candidate(key, origin, load)
+
+    def _choose(self, names: list[str], part: str) -> tuple[str, str, str | None]:
+        picture, caption, key = self._columns
+        if key is not None:
+            choose_column(names, key, (), "key", part)
+        return (
+            choose_column(names, picture, PICTURE_COLUMNS, "picture", part),
+            choose_column(names, caption, CAPTION_COLUMNS, "caption", part),
+            key,
+        )
+
+    def _load(self, folder: str, path: str, data: bytes | None, captions: Any, rest: Row) -> Found:
+        told = captions if isinstance(captions, list) else [captions]
+        caption = one_caption([str(text) for text in told if text is not None], self._several)
+        if data is None:
+            if not path and rest.get("status", "success") != "success":  # img2dataset's
+                raise Unusable("failed download", str(rest.get("error_message") or rest["status"]))
+            data = read_listed(folder, path)
+        return Found(data, caption, fields_json(rest))
+
+
+def path_and_bytes(value: Any) -> tuple[str, bytes | None]:
+    """A picture column's value: a path, the picture's bytes, or {path, bytes} as the `datasets` library stores them."""
+    if isinstance(value, bytes):
+        return "", value
+    if isinstance(value, dict):
+        path, data = value.get("path"), value.get("bytes")
+        return path if isinstance(path, str) else "", data if isinstance(data, bytes) else None
+    return value if isinstance(value, str) else "", None
+
+
+def read_listed(folder: str, path: str) -> bytes:
+    """The bytes of a picture that a list names, relative to a folder or not. Raises Unusable."""
+    if not path:
+        raise Unusable("no picture", "the row names no picture")
+    try:
+        relative = "://" not in path and not path.startswith("/")
+        fs, place = url_to_fs(folder if relative else path)
+    except ValueError as error:
+        raise Unusable("unreadable", f"the picture {path!r} cannot be read: {error}") from None
+    return read_file(fs, f"{place.rstrip('/')}/{path}" if relative else place, "picture")
+
+
+def rows(url: str, quotes: bool) -> Iterator[tuple[int, Row | Unusable]]:
+    """The rows of a list by their number, from 1, or what is wrong with one."""
+    with open_read(url) as file:
+        if url.lower().endswith(".parquet"):
+            yield from enumerate(parquet_rows(url, file), 1)
+            return
+        # A byte that is not UTF-8 must not end the list: the caption with it is refused.
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        if url.lower().endswith((".jsonl", ".ndjson")):
+            yield from enumerate(json_rows(text), 1)
+        else:
+            yield from enumerate(csv_rows(url, text, quotes), 1)
+
+
+def csv_rows(url: str, text: io.TextIOWrapper, quotes: bool) -> Iterator[Row | Unusable]:
+    """Rows under a header. Raises StageError where quotation marks do not match: the rows behind would be wrong."""
+    delimiter = "\t" if url.lower().endswith(".tsv") else ","
+    quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
+    reader = csv.reader(text, delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
+    header: list[str] | None = None
+    try:
+        for row in reader:
+            if not row:
+                continue
+            if header is None:
+                header = row
+                if len(set(header)) < len(header):
+                    raise StageError(f"{url}: two columns share a name: {', '.join(map(repr, header))}; rename one")
+            elif len(row) != len(header):
+                yield Unusable("bad row", f"line {reader.line_num}: {len(row)} fields under {len(header)} column names")
+            else:
+                yield dict(zip(header, row, strict=True))
+    except csv.Error as error:
+        remedy = "mend the line" + ("; --no-quotes takes quotation marks as they stand" if quotes else "")
+        raise StageError(f"{url}: line {reader.line_num}: {error}; {remedy}") from None
+
+
+def json_rows(text: io.TextIOWrapper) -> Iterator[Row | Unusable]:
+    """One JSON object per line; empty lines are none."""
+    for line in text:
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            yield Unusable("bad row", f"not JSON: {error}")
+            continue
+        yield row if isinstance(row, dict) else Unusable("bad row", "not a JSON object")
+
+
+def parquet_rows(url: str, file: Any) -> Iterator[Row]:
+    """The rows of a Parquet file, in batches. Raises StageError for anything else."""
+    try:
+        for batch in pq.ParquetFile(file).iter_batches(batch_size=_BATCH_ROWS):
+            yield from batch.to_pylist()
+    except pa.ArrowInvalid as error:
+        raise StageError(f"{url}: not a readable Parquet file: {error}") from None

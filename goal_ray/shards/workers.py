@@ -1,0 +1,58 @@
+"""Work on many shards at once, in processes; reading ahead, in threads."""
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from goal_ray.errors import ConfigError, StageError
+
+_THREADS = 16
+T = TypeVar("T")
+Item = TypeVar("Item")
+
+
+def map_shards(
+    work: Callable[[str], T], shards: Sequence[str], workers: int | None, title: str
+) -> Iterator[tuple[str, T]]:
+    """(shard, result) in the order of the shards, with a progress bar.
+
+    work     runs in another process where there is more than one worker and one shard: it, its result and what it
+             raises must be picklable
+    workers  processes; None for one per CPU
+
+    Raises what `work` raises, and StageError where a worker dies.
+    """
+    workers = min(os.cpu_count() or 1 if workers is None else workers, len(shards))
+    if workers < 1:
+        raise ConfigError("--workers must be at least 1")
+    results = map(work, shards) if workers == 1 else in_processes(work, shards, workers)
+    yield from zip(shards, tqdm(results, total=len(shards), unit="shard", desc=title, disable=None), strict=True)
+
+
+def in_processes(work: Callable[[str], T], shards: Sequence[str], workers: int) -> Iterator[T]:
+    """The results in order. New processes, no forks: a fork would copy the locks of a storage's threads."""
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    try:
+        yield from pool.map(work, shards)
+    except BrokenProcessPool as error:
+        raise StageError(f"a worker died, maybe for lack of memory; try fewer --workers ({error})") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def read_ahead(work: Callable[[Item], T], items: Iterable[Item], ahead: int) -> Iterator[T]:
+    """The results in order; threads work on so many items ahead, which hides the time that a storage takes."""
+    waiting: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(min(ahead, _THREADS)) as pool:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
