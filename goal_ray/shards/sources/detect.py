@@ -9,7 +9,7 @@ from fsspec.core import url_to_fs
 from goal_ray.errors import StageError
 from goal_ray.shards.sources.candidate import Source
 from goal_ray.shards.sources.coco import CocoSource
-from goal_ray.shards.sources.folder import PICTURE_SUFFIXES, FolderSource
+from goal_ray.shards.sources.folder import PICTURE_SUFFIXES, FolderSource, list_folder
 from goal_ray.shards.sources.img2dataset import FilesSource, TarSource
 from goal_ray.shards.sources.lists import LIST_SUFFIXES, ListSource
 from goal_ray.storage import join
@@ -58,23 +58,14 @@ def open_source(settings: SourceSettings) -> tuple[str, Source]:
         return kind, ListSource(lists, settings.images, columns, settings.captions, settings.quotes)
     fs, path = url_to_fs(place)
     if kind == "img2dataset":
-        tables = [name for name, _ in entries(place) if _TABLE.fullmatch(name)]
-        folders = [name.removesuffix(".parquet") for name in tables if fs.isdir(f"{path}/{name[:-8]}")]
-        if folders:
+        files, folders = list_folder(fs, path) if fs.isdir(path) else ([], [])
+        if any(f"{name}.parquet" in files for name in folders):
             return kind, FilesSource([join(place, name) for name in folders])
-        return kind, TarSource(expand_shards(place))
+        without_tar = [name for name in files if _TABLE.fullmatch(name) and f"{name[:-8]}.tar" not in files]
+        return kind, TarSource(sorted([*expand_shards(place), *(join(place, name) for name in without_tar)]))
     if not fs.isdir(path):
         raise StageError(f"{place}: no such folder")
     return kind, FolderSource(place)
-
-
-def entries(place: str) -> list[tuple[str, str]]:
-    """(name, type) of all visible things in a folder, sorted; nothing where it is no folder."""
-    fs, path = url_to_fs(place)
-    if not fs.isdir(path):
-        return []
-    found = [(entry["name"].rstrip("/").rsplit("/", 1)[-1], entry["type"]) for entry in fs.ls(path, detail=True)]
-    return sorted((name, kind) for name, kind in found if name and not name.startswith("."))
 
 
 def tell_kind(place: str) -> str:
@@ -86,11 +77,11 @@ def tell_kind(place: str) -> str:
         return "coco"
     if name.endswith(".tar"):
         return "img2dataset"
-    found = entries(place)
-    if not found:
-        raise StageError(f"{place}: no such file or folder, or an empty one")
-    files = [name.lower() for name, kind in found if kind != "directory"]
-    folders = {name for name, kind in found if kind == "directory"}
+    fs, path = url_to_fs(place)
+    if not fs.isdir(path):
+        raise StageError(f"{place}: no folder, and not named as a list, a COCO file or a tar; or say --from")
+    files, folders = list_folder(fs, path)
+    files = [name.lower() for name in files]
     if any(name.endswith(".tar") for name in files):
         return "img2dataset"
     if any(_TABLE.fullmatch(name) and name[:-8] in folders for name in files):

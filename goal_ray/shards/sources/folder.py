@@ -34,12 +34,10 @@ def walk(fs: AbstractFileSystem, root: str, inside: str, above: tuple[str, ...])
 
     above  the real paths of the folder and of those above it, which tell a link that leads back
     """
-    entries = fs.ls(f"{root}/{inside}".rstrip("/"), detail=True)
-    named = sorted((entry["name"].rstrip("/").rsplit("/", 1)[-1], entry["type"]) for entry in entries)
-    visible = [(name, kind) for name, kind in named if name and not name.startswith(".")]
+    files, folders = list_folder(fs, f"{root}/{inside}".rstrip("/"))
     prefix = f"{inside}/" if inside else ""
-    yield from beside_each_other(fs, root, prefix, [name for name, kind in visible if kind != "directory"])
-    for name in (name for name, kind in visible if kind == "directory"):
+    yield from beside_each_other(fs, root, prefix, files)
+    for name in folders:
         real = real_path(fs, f"{root}/{prefix}{name}")
         if real in above:
             yield Candidate(
@@ -47,6 +45,19 @@ def walk(fs: AbstractFileSystem, root: str, inside: str, above: tuple[str, ...])
             )
         else:
             yield from walk(fs, root, prefix + name, (*above, real))
+
+
+def list_folder(fs: AbstractFileSystem, path: str) -> tuple[list[str], list[str]]:
+    """The names of the visible files in a folder, and of the folders in it, links to folders too; sorted."""
+    files: list[str] = []
+    folders: list[str] = []
+    for entry in fs.ls(path, detail=True):
+        name = entry["name"].rstrip("/").rsplit("/", 1)[-1]
+        if not name or name.startswith("."):
+            continue
+        is_folder = entry["type"] == "directory" or (entry["type"] != "file" and fs.isdir(entry["name"]))
+        (folders if is_folder else files).append(name)
+    return sorted(files), sorted(folders)
 
 
 def real_path(fs: AbstractFileSystem, path: str) -> str:

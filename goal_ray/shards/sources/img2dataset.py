@@ -9,9 +9,9 @@ from functools import partial
 
 from fsspec.core import url_to_fs
 
-from goal_ray.errors import ShardError
+from goal_ray.errors import ShardError, StageError
 from goal_ray.shards.sources.candidate import Candidate, Found, Kind, Unusable
-from goal_ray.shards.sources.folder import beside_each_other
+from goal_ray.shards.sources.folder import beside_each_other, list_folder
 from goal_ray.shards.sources.lists import rows
 from goal_ray.storage import exists
 from goal_ray.tars import CAPTION_EXTENSION, Sample, image_extension, stream_samples
@@ -20,7 +20,10 @@ FAILED: Kind = "failed download"
 
 
 class TarSource:
-    """Tars of `KEY.jpg`, `KEY.txt`, `KEY.json` and maybe other members, as `webdataset` output is; keys stay."""
+    """Tars of `KEY.jpg`, `KEY.txt`, `KEY.json` and maybe other members, as `webdataset` output is; keys stay.
+
+    urls  tars, and tables whose tar is missing
+    """
 
     def __init__(self, urls: list[str]):
         self.parts = urls
@@ -28,7 +31,10 @@ class TarSource:
     def candidates(self, part: str) -> Iterator[Candidate]:
         """The samples of a tar up to its damage, the damage, and what its table says failed."""
         name = part.rsplit("/", 1)[-1]
-        keys = set()
+        keys = set[str]()
+        if name.endswith(".parquet"):
+            yield from table_says(part, name, keys)
+            return
         try:
             for sample in stream_samples(part):
                 keys.add(sample.key)
@@ -50,7 +56,7 @@ class FilesSource:
         fs, path = url_to_fs(part)
         name = part.rsplit("/", 1)[-1]
         keys = set()
-        for found in beside_each_other(fs, path, "", sorted(entry.rsplit("/", 1)[-1] for entry in fs.ls(path, False))):
+        for found in beside_each_other(fs, path, "", list_folder(fs, path)[0]):
             keys.add(found.key)
             content = found.content if isinstance(found.content, Unusable) else partial(load_downloaded, found.content)
             yield Candidate(found.key, f"{name}/{found.origin}", content)
@@ -90,10 +96,19 @@ def check_status(data: bytes | None) -> None:
 def table_says(url: str, name: str, keys: set[str]) -> Iterator[Candidate]:
     """A candidate for every row of img2dataset's table that is not among the keys that were found.
 
-    Each says why its download failed, or that its picture is missing although the table says success.
+    Each says why its download failed, or that its picture is missing although the table says success. A table that
+    cannot be read, as an interrupted img2dataset leaves it, says only that.
     """
     if not exists(url):
         return
+    try:
+        yield from table_rows(url, name, keys)
+    except StageError as error:
+        yield Candidate("", name, Unusable("bad row", f"{error}; failed downloads are not listed"))
+
+
+def table_rows(url: str, name: str, keys: set[str]) -> Iterator[Candidate]:
+    """As `table_says`, of a table that is there. Raises StageError."""
     for number, row in rows(url, quotes=True):
         if isinstance(row, Unusable) or "status" not in row or str(row.get("key")) in keys:
             continue
