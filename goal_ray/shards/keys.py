@@ -43,7 +43,7 @@ class KeySet:
         return place < len(self._sorted) and bytes(self._sorted[place]) == wanted.rstrip(b"\0")
 
     def add(self, hashes: Iterable[bytes]) -> None:
-        """Adds keys by their hashes."""
+        """Adds keys that are not in it, by their hashes."""
         self._recent.update(hashes)
         if len(self._recent) >= _RECENT:
             recent = np.frombuffer(b"".join(self._recent), self._sorted.dtype)
