@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from goal_ray.errors import ImageError
-from goal_ray.images import decode_image, shrink
+from goal_ray.images import decode_image, format_name, shrink, upright_size
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 # Upright, so that every flip and turn shows: red | green over blue | white, each 40 × 24 px.
@@ -251,3 +251,28 @@ def test_shrunk_pictures_fit_and_keep_their_shape(width, height, side):
     factor = side / max(width, height)
     assert image.width == pytest.approx(width * factor, abs=1)
     assert image.height == pytest.approx(height * factor, abs=1)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_upright_size_is_told_by_the_header_alone(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(Image.effect_noise((300, 200), 90).convert("RGB"), "JPEG", exif=exif)
+    assert upright_size(data[:1000]) == decode_image(data).size
+
+
+@pytest.mark.parametrize(("format", "name"), [("JPEG", "JPEG"), ("PNG", "PNG"), ("WEBP", "WebP"), ("GIF", None)])
+def test_the_format_is_told_by_the_first_bytes(format, name):
+    data = encode(Image.new("RGB", (3, 2)), format)
+    assert format_name(data) == name
+    if name is None:
+        with pytest.raises(ImageError, match="not a JPEG, PNG or WebP"):
+            upright_size(data)
+    else:
+        assert upright_size(data) == (3, 2)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_a_header_that_is_cut_has_no_size(format):
+    with pytest.raises(ImageError, match="damaged or truncated"):
+        upright_size(encode(Image.new("RGB", (3, 2)), format)[:14])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from goal_ray.errors import ShardError
-from goal_ray.pairs import Pair, PairRecord, Region, best_pairs
+from goal_ray.pairs import Pair, PairRecord, Region, best_pairs, examine
 
 CAPTION = "A dog. A red ball. Grass."
 RECORD = PairRecord(
@@ -177,3 +177,24 @@ def test_best_pairs_breaks_ties_by_sentence_then_region():
 @pytest.mark.parametrize(("count", "expected"), [(0, 0), (2, 2), (9, 3)])
 def test_best_pairs_returns_no_more_than_there_are(count, expected):
     assert len(best_pairs(RECORD, count)) == expected
+
+
+def test_examine_tells_all_that_is_wrong_where_reading_stops_at_the_first():
+    data = json.dumps({**json.loads(RECORD.to_bytes()), "size": [0, 7], "sentences": [[9, 2]], "pairs": []}).encode()
+    record, problems = examine(data, None)
+    assert record is not None
+    assert record.size == (0, 7)
+    assert [any(word in problem for problem in problems) for word in ("size", "sentences[0]", "regions[0].box")] == [
+        True
+    ] * 3
+    with pytest.raises(ShardError) as refusal:
+        PairRecord.from_bytes(data, "", "here")
+    assert str(refusal.value) == f"here: {problems[0]}"
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b'{"version": 1}', set_at(("size",), "large")])
+def test_examine_has_no_record_where_the_bytes_are_none(data):
+    record, problems = examine(data, "")
+    assert record is None
+    assert problems
+    assert all("goal-ray lism" in problem for problem in problems)

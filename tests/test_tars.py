@@ -10,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from goal_ray.errors import CaptionError, ShardError
-from goal_ray.tars import Sample, expand_shards, index_shard, split_name, stream_samples, write_tar
+from goal_ray.tars import (
+    Sample,
+    end_mark,
+    expand_files,
+    expand_shards,
+    index_shard,
+    split_name,
+    stored_bytes,
+    stream_samples,
+    write_tar,
+)
 
 SAMPLES = [
     ("folder.d/a", {"png": b"1" * 3000, "txt": b"one"}),
@@ -145,3 +155,27 @@ def test_two_shards_of_one_name_are_refused(tmp_path):
         (tmp_path / folder / "x.tar").write_bytes(b"")
     with pytest.raises(ShardError, match="share a file name"):
         expand_shards(str(tmp_path / "{a,b}" / "x.tar"))
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["k", "n" * 99, "n" * 130, "ü" * 80]),
+            st.dictionaries(st.sampled_from(["png", "txt"]), st.binary(max_size=1200), min_size=1),
+        ),
+        max_size=8,
+    )
+)
+def test_the_size_of_a_tar_is_known_before_it_is_written(tmp_path_factory, samples):
+    path = tmp_path_factory.mktemp("tar") / "x.tar"
+    write_tar(str(path), iter(samples))
+    content = sum(stored_bytes(key, members) for key, members in samples)
+    assert path.stat().st_size == content + len(end_mark(content))
+
+
+def test_files_of_some_suffixes_are_found_in_a_folder_whatever_their_case(tmp_path):
+    for name in ("b.csv", "a.TSV", "c.txt", ".d.csv"):
+        (tmp_path / name).write_bytes(b"")
+    assert expand_files(str(tmp_path), (".csv", ".tsv")) == [str(tmp_path / "a.TSV"), str(tmp_path / "b.csv")]
+    with pytest.raises(ShardError, match=r"holds no \.json file"):
+        expand_files(str(tmp_path), (".json",))
