@@ -33,7 +33,7 @@ MAKE = """Make shards of pictures and captions. SOURCE is one of these, told by 
   coco         a COCO file.json with images (id, file_name) and annotations (image_id, caption)
   list         .csv, .tsv, .jsonl or .parquet with a row per picture: its path and its caption; a folder, glob or brace
                pattern of such lists; Parquet may hold the pictures themselves
-  img2dataset  its output: tars, or folders of files, with their .parquet tables
+  img2dataset  its output: tars, or folders of files, with their .parquet tables; tars of other tools too
 
 OUT gets NAME-000000.tar, … with KEY.jpg, .png or .webp, KEY.txt, and KEY.json with the record's other fields. Pictures
 are copied byte for byte, and named for what they hold. KEY is the picture's path without suffix, with %2E for a dot in

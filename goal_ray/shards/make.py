@@ -19,10 +19,10 @@ from typing import IO
 from fsspec.core import url_to_fs
 from tqdm import tqdm
 
-from goal_ray.errors import StageError
+from goal_ray.errors import ConfigError, StageError
 from goal_ray.shards.keys import HASH_BYTES, KeySet, key_hash
 from goal_ray.shards.outcomes import Outcome, Place, read_outcomes
-from goal_ray.shards.output import claim_folder, refuse_overlap, tar_name
+from goal_ray.shards.output import claim_folder, refuse_overlap, shards_called, tar_name
 from goal_ray.shards.sources.candidate import Candidate, Unusable
 from goal_ray.shards.sources.detect import SourceSettings, open_source
 from goal_ray.storage import exists, join, open_atomic, open_read, read_bytes, write_bytes
@@ -42,7 +42,7 @@ class ShardSize:
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.size_bytes < 1:
-            raise StageError("a shard must have room for at least 1 sample and 1 byte")
+            raise ConfigError("--samples-per-shard and --max-shard-bytes must be at least 1")
 
 
 @dataclass
@@ -124,7 +124,7 @@ def make_shards(settings: SourceSettings, out: str, name: str | None, size: Shar
     """
     kind, source = open_source(settings)
     refuse_overlap(out, [settings.place, *source.parts])
-    folder = OutputFolder(out, name or shard_name(out.rstrip("/")) or "shard")
+    folder = OutputFolder(out, shards_called(name, out))
     parts = [[shard_name(part), file_bytes(part)] for part in source.parts]
     claim_folder(
         out, SETTINGS_FILE, {**asdict(settings), "kind": kind, "name": folder.name, **asdict(size), "parts": parts}

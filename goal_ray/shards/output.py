@@ -4,9 +4,17 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from goal_ray.errors import StageError
+from goal_ray.errors import ConfigError, StageError
 from goal_ray.storage import exists, join, list_names, read_bytes, resolved, write_bytes
 from goal_ray.tars import shard_name
+
+
+def shards_called(name: str | None, out: str) -> str:
+    """What output shards are called: NAME-000000.tar, …; the last part of the folder's name unless it is given."""
+    name = name or resolved(out)[1].rstrip("/").rpartition("/")[2] or "shard"
+    if "/" in name or name.startswith("."):
+        raise ConfigError(f"--name {name!r}: must be part of a file name that does not start with a dot")
+    return name
 
 
 def tar_name(name: str, number: int) -> str:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from goal_ray.errors import ConfigError, ShardError, StageError
 from goal_ray.shards.keys import readable_keys, repeated_keys
-from goal_ray.shards.output import claim_folder, refuse_overlap, tar_name
+from goal_ray.shards.output import claim_folder, refuse_overlap, shards_called, tar_name
 from goal_ray.shards.spans import sample_spans, write_spans
 from goal_ray.shards.workers import map_shards, read_ahead
 from goal_ray.storage import exists, join, read_range, size_bytes
@@ -91,7 +91,7 @@ def reshard(spec: str, out: str, name: str | None, balance: Balance, workers: in
     """
     urls = expand_shards(spec)
     refuse_overlap(out, urls)
-    name = name or shard_name(out.rstrip("/")) or "shard"
+    name = shards_called(name, out)
     inputs = [[shard_name(url), size_bytes(url)] for url in urls]
     plan = make_plan(urls, balance, workers)
     shards = len(plan.bounds) - 1

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -37,7 +38,9 @@ def map_shards(
 
 def in_processes(work: Callable[[str], T], shards: Sequence[str], workers: int) -> Iterator[T]:
     """The results in order. New processes, no forks: a fork would copy the locks of a storage's threads."""
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    # Ctrl-C ends this process, which ends the workers; each would only print a traceback of its own.
+    ignore = (signal.SIGINT, signal.SIG_IGN)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), signal.signal, ignore)
     try:
         yield from pool.map(work, shards)
     except BrokenProcessPool as error:

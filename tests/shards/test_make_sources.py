@@ -90,6 +90,8 @@ def test_whatever_in_a_folder_is_no_sample_is_listed_with_its_reason(tmp_path):
     )
     (source / "gone.png").symlink_to("nowhere.png")
     put(source, {"gone.txt": CAPTION})
+    (source / "round.png").symlink_to("round.png")
+    put(source, {"round.txt": CAPTION})
     (source / "sub").mkdir()
     (source / "sub" / "loop").symlink_to(source)
     made, _ = make(source, tmp_path / "out")
@@ -104,9 +106,18 @@ def test_whatever_in_a_folder_is_no_sample_is_listed_with_its_reason(tmp_path):
         ("latin", "bad caption"),
         ("no-caption", "no caption"),
         ("no-picture", "no picture"),
+        ("round", "unreadable"),
         ("sub/loop", "unreadable"),
     ]
-    assert made.skipped.total() == 10
+    assert made.skipped.total() == 11
+
+
+def test_links_to_folders_are_followed(tmp_path):
+    put(tmp_path / "elsewhere", {"a.png": PNG, "a.txt": CAPTION})
+    source = put(tmp_path / "in", {"b.png": PNG, "b.txt": CAPTION})
+    (source / "linked").symlink_to(tmp_path / "elsewhere")
+    make(source, tmp_path / "out")
+    assert list(samples_in(tmp_path / "out")) == ["b", "linked/a"]
 
 
 def test_file_names_that_are_not_utf8_keep_their_bytes(tmp_path):

@@ -105,6 +105,7 @@ def test_reshard_says_what_came_out(call, shards, tmp_path):
         (["make", "{tmp}/nothing", "{tmp}/out"], ["nothing"]),
         (["make", "{tmp}/list.csv", "{tmp}/out"], ["no known picture column", "'where', 'what'"]),
         (["make", "{tmp}/list.csv", "{tmp}/out", "--samples-per-shard", "0"], ["at least 1"]),
+        (["make", "{tmp}/list.csv", "{tmp}/out", "--name", "a/b"], ["--name 'a/b'"]),
         (["inspect", "{tmp}/nothing"], ["no such file or folder"]),
         (["inspect", "{shards}", "--workers", "0"], ["--workers must be at least 1"]),
         (["validate", "{tmp}"], ["holds no .tar file"]),

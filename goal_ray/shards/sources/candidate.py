@@ -90,7 +90,7 @@ def read_file(fs: AbstractFileSystem, path: str, what: str) -> bytes:
     except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError) as error:
         problem: Exception = error
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
             raise
         problem = error
     raise Unusable("unreadable", f"the {what} cannot be read: {type(problem).__name__}: {problem}")

@@ -26,7 +26,8 @@ from goal_ray.shards.sources.candidate import (
 )
 from goal_ray.storage import open_read
 
-LIST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+JSON_SUFFIXES = (".jsonl", ".jsonlines", ".ndjson")
+LIST_SUFFIXES = (".csv", ".tsv", *JSON_SUFFIXES, ".parquet")
 PICTURE_COLUMNS = (
     "image_path", "image_file", "image", "img", "jpg", "file_name", "filename", "filepath", "file_path", "file", "path",
     "picture",
@@ -134,7 +135,7 @@ def rows(url: str, quotes: bool) -> Iterator[tuple[int, Row | Unusable]]:
             return
         # A byte that is not UTF-8 must not end the list: the caption with it is refused.
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        if url.lower().endswith((".jsonl", ".ndjson")):
+        if url.lower().endswith(JSON_SUFFIXES):
             yield from enumerate(json_rows(text), 1)
         else:
             yield from enumerate(csv_rows(url, text, quotes), 1)
