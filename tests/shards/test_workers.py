@@ -11,13 +11,13 @@ from goal_ray.shards.spans import sample_spans
 from goal_ray.shards.workers import map_shards, read_ahead
 
 
-def die(shard: str) -> None:
+def die(_: str) -> None:
     """What the kernel does to a process that takes too much memory."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_the_death_of_a_worker_is_an_error_that_names_the_remedy():
-    with pytest.raises(StageError, match="a worker died.*fewer --workers"):
+    with pytest.raises(StageError, match=r"a worker died.*fewer --workers"):
         list(map_shards(die, ["a", "b"], 2, "x"))
 
 
