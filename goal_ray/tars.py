@@ -6,7 +6,7 @@ A member's name splits at the first dot of its base name, as in WebDataset: `a/b
 
 import io
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Literal, Self
 
@@ -169,14 +169,17 @@ def read_member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
     return data
 
 
-def stream_samples(url: str) -> Iterator[Sample]:
+def stream_samples(url: str, wanted: Callable[[int], bool] = lambda number: True) -> Iterator[Sample]:  # noqa: ARG005
     """The samples of one tar, in order, reading it once from front to back.
+
+    wanted  asked with a sample's number, from 0, when its first member is met and all samples before it are yielded;
+            a sample that is not wanted comes without members, and they are not held in memory
 
     Raises ShardError on a corrupt or truncated tar, after every sample that stands complete before the damage. What a
     failing storage raises passes through: it says nothing against the tar.
     """
     current: Sample | None = None
-    number = -1
+    number, reading = -1, False
     damage: str | None = None
     with open_read(url) as file:
         try:
@@ -188,6 +191,9 @@ def stream_samples(url: str) -> Iterator[Sample]:
                         if current is not None:
                             yield current
                         current, number = Sample(member.key, {}), member.sample
+                        reading = wanted(number)
+                    if not reading:
+                        continue
                     assert current is not None
                     current = current.with_member(member.extension, read_member(tar, member.info))
         # tarfile lets the ValueError of a senseless number in an extended header through.

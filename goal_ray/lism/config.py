@@ -52,6 +52,7 @@ class LismConfig:
     max_area: regions larger than this share are left out (the paper: 80 %)
     max_side_px: the segmenter and the crops see a copy of the picture shrunk to this longer side
     max_pixels: larger pictures are quarantined unread
+    max_seconds_per_image: a picture that takes longer to decode, to segment or to match is quarantined
     images_per_batch: pictures per call of a proposer or matcher actor, fewer where they are large; another number may
         change the last digits of similarities
     proposer_actors: least and most proposer actors
@@ -68,6 +69,7 @@ class LismConfig:
     max_area: float = 0.80
     max_side_px: int = 2048
     max_pixels: int = 150_000_000
+    max_seconds_per_image: float = 60.0
     images_per_batch: int = 16
     proposer_actors: tuple[int, int] = (1, 1)
     matcher_actors: tuple[int, int] = (1, 1)
@@ -85,6 +87,8 @@ class LismConfig:
         for name in ("max_side_px", "max_pixels", "images_per_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
+        if self.max_seconds_per_image <= 0:
+            raise ValueError("max_seconds_per_image must be more than 0")
         if self.gpus_per_actor <= 0:
             raise ValueError("gpus_per_actor must be more than 0; to use no GPU, set device=cpu")
         if not 0 <= self.max_bad_share <= 1:

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -143,7 +143,7 @@ def pair_shards(
 
     on_gpu, finish = choose_gpu(config), ray.remote(finish_shard)
     shards, before = list(sizes), len(finished)
-    waiting: dict[int, list[Item]] = defaultdict(list)
+    waiting: dict[int, dict[int, Item]] = defaultdict(dict)
     work: dict[int, list[Work]] = defaultdict(list)
     expected: dict[int, int] = {}
     writing: dict[Any, str] = {}
@@ -151,29 +151,30 @@ def pair_shards(
     with tqdm(desc="lism", total=sum(sizes.values()), unit="B", unit_scale=True, dynamic_ncols=True) as bar:
         for group in stream_groups(shards, config, provenance(config), on_gpu):
             shard, items = shards[group.shard], waiting[group.shard]
-            items += group.items
+            items.update((item.number, item) for item in group.items)
             work[group.shard] += group.work
             bad = [item for item in group.items if item.problem is not None]
             samples, quarantined = samples + len(group.items), quarantined + len(bad)
             if bad and quarantined > EARLY_BAD:
                 check_bad(quarantined, samples, config.max_bad_share, bad_record(shard, bad[-1]), folder)
             bar.update(size_of(group.items))
-            if group.last:
-                expected[group.shard] = group.items[-1].number + 1
+            if group.count is not None:
+                expected[group.shard] = group.count
             if len(items) == expected.get(group.shard):
-                through = waiting.pop(group.shard), work.pop(group.shard)
+                through = list(waiting.pop(group.shard).values()), work.pop(group.shard)
                 writing[finish.remote(shard, sizes[shard], *through, folder)] = shard
-                bar.update(sizes[shard] - size_of(items))  # headers and padding; what lies behind a tar's damage
+                # Headers and padding; what lies behind a tar's damage.
+                bar.update(sizes[shard] - size_of(items.values()))
             finished.update(collect(writing, timeout_s=0))
             state = f"{samples} images, {len(finished) - before}/{len(shards)} shards, {quarantined} bad"
             bar.set_postfix_str(state, refresh=False)
         finished.update(collect(writing, timeout_s=None))
         bar.set_postfix_str(f"{samples} images, {len(shards)} shards, {quarantined} bad")
     if waiting:
-        raise StageError(f"{len(waiting)} shards came back incomplete; run the same command again")
+        raise WorkerLost(f"{len(waiting)} shards came back incomplete; run the same command again, it goes on")
 
 
-def size_of(items: list[Item]) -> int:
+def size_of(items: Iterable[Item]) -> int:
     """Bytes of samples in their tar."""
     return sum(item.size_bytes for item in items)
 
