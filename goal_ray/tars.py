@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import IO, Literal, Self
 
 from braceexpand import braceexpand
-from fsspec.core import url_to_fs
 
 from goal_ray.errors import CaptionError, ShardError
-from goal_ray.storage import open_atomic, open_read
+from goal_ray.storage import file_system, open_atomic, open_read
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 CAPTION_EXTENSION = "txt"
@@ -83,7 +82,7 @@ def expand_shards(spec: str) -> list[str]:
     """
     urls: list[str] = []
     for pattern in braceexpand(str(spec)):
-        fs, path = url_to_fs(pattern)
+        fs, path = file_system(pattern)
         if fs.isdir(path):
             found = [entry for entry in fs.ls(path, detail=False) if entry.endswith(".tar")]
             if not found:

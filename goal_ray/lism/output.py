@@ -21,7 +21,7 @@ from pydantic import TypeAdapter
 
 from goal_ray.lism.picks import Picks
 from goal_ray.lism.progress import PHASES, Work
-from goal_ray.storage import join, list_names, open_atomic, open_read, read_bytes, remove, write_bytes
+from goal_ray.storage import join, list_names, open_atomic, open_read, read_bytes, remove, remove_abandoned, write_bytes
 from goal_ray.tars import (
     PAIRS_EXTENSION,
     Member,
@@ -129,6 +129,11 @@ class OutputFolder:
 
     def _quarantine(self, shard: str) -> str:
         return join(join(self.url, "quarantine"), f"{shard_name(shard)}.jsonl")
+
+    def remove_abandoned(self) -> None:
+        """Deletes what killed runs left half written."""
+        for part in ("", "done", "quarantine"):
+            remove_abandoned(join(self.url, part))
 
     def finished(self, sizes: Mapping[str, int]) -> dict[str, ShardCounts]:
         """The shards whose output is complete, and their counts.

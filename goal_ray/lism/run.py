@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
@@ -24,7 +23,7 @@ from goal_ray.lism.picks import Pick, Picks
 from goal_ray.lism.pipeline import Item, WorkerLost, stream_groups
 from goal_ray.lism.progress import Work
 from goal_ray.ray_session import ray_session
-from goal_ray.storage import exists, join, read_bytes, size_bytes, write_bytes
+from goal_ray.storage import exists, file_system, join, read_bytes, size_bytes, write_bytes
 from goal_ray.tars import expand_shards, shard_name
 from goal_ray.text import split_sentences
 
@@ -49,6 +48,7 @@ def run_lism(source: str, target: str, config: LismConfig) -> dict[str, Any]:
     if taken is not None:
         raise StageError(f"the output would replace the input {taken}; write to another folder")
     check_settings(target, config)
+    folder.remove_abandoned()
     sizes = {shard: size_bytes(shard) for shard in shards}
     finished = folder.finished(sizes)
     if len(finished) < len(sizes):
@@ -64,7 +64,7 @@ def run_lism(source: str, target: str, config: LismConfig) -> dict[str, Any]:
 
 def resolved(url: str) -> tuple[str, str]:
     """What two addresses of one file have in common: protocol and path, without links."""
-    fs, path = url_to_fs(url)
+    fs, path = file_system(url)
     if isinstance(fs, LocalFileSystem):
         return "file", os.path.realpath(path)
     return fs.to_json(), path
