@@ -1,6 +1,7 @@
 """Exactly once under faults: whatever dies, the outputs are those of an undisturbed run."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -153,6 +154,7 @@ def s3(monkeypatch) -> Iterator[str]:
     """An empty bucket of an S3 server on loopback."""
     for name, value in (("ACCESS_KEY_ID", "x"), ("SECRET_ACCESS_KEY", "x"), ("DEFAULT_REGION", "us-east-1")):
         monkeypatch.setenv(f"AWS_{name}", value)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
