@@ -1,7 +1,7 @@
 """LISM's output folder: one paired tar per input tar, the quarantine, and what is done.
 
 OUT/NAME.tar               input members unchanged + KEY.pairs.json, renamed into place when complete
-OUT/quarantine/NAME.jsonl  samples left out: shard, key, stage, reason
+OUT/quarantine/NAME.jsonl  samples left out: shard, number in it, key, stage, reason
 OUT/done/NAME.json         counts of a finished shard, written last: a shard without it is done again, whole
 OUT/lism.json              the summary
 OUT/gallery.html           the summary as a page, with pictures
@@ -13,7 +13,7 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -60,7 +60,7 @@ class ShardCounts:
     sentences: int = 0
     whole_image: int = 0
     similarity_histogram: list[int] = field(default_factory=lambda: [0] * SIMILARITY_BINS)
-    first_bad: list[dict[str, str]] = field(default_factory=list)
+    first_bad: list[dict[str, Any]] = field(default_factory=list)
     reasons: dict[str, int] = field(default_factory=dict)
     picks: Picks = field(default_factory=Picks)
     work: dict[str, tuple[float, int]] = field(default_factory=dict)
@@ -76,7 +76,7 @@ class ShardCounts:
             bin_ = int((value + 1) / 2 * SIMILARITY_BINS)
             self.similarity_histogram[min(max(bin_, 0), SIMILARITY_BINS - 1)] += 1
 
-    def add_bad(self, record: dict[str, str]) -> None:
+    def add_bad(self, record: dict[str, Any]) -> None:
         """Counts one quarantined sample."""
         self.samples += 1
         self.quarantined += 1
@@ -103,7 +103,7 @@ class ShardCounts:
             self.add_work(phase, seconds, images)
 
 
-def kind_of(record: Mapping[str, str]) -> str:
+def kind_of(record: Mapping[str, Any]) -> str:
     """Stage and reason of a quarantine record without what only this sample has: addresses, quotations, numbers."""
     reason = record["reason"].replace(record["shard"], "….tar")
     for pattern, instead in SPECIFIC:
@@ -152,8 +152,19 @@ class OutputFolder:
                 found[shard] = counts
         return found
 
+    def quarantine(self, shard: str) -> list[dict[str, Any]]:
+        """The records of a finished shard's samples that were left out."""
+        return [json.loads(line) for line in read_bytes(self._quarantine(shard)).splitlines()]
+
+    def paired(self, shard: str) -> Iterator[tuple[str, bytes]]:
+        """(key, pairs.json) of the samples of a finished shard's paired tar, in order."""
+        with open_read(self.tar(shard)) as file, open_tar(file, "r|") as tar:
+            for member in iter_members(tar):
+                if member.sample >= 0 and member.extension == PAIRS_EXTENSION:
+                    yield member.key, read_member(tar, member.info)
+
     def finish(
-        self, shard: str, pairs: Mapping[int, bytes], bad: Sequence[dict[str, str]], counts: ShardCounts
+        self, shard: str, pairs: Mapping[int, bytes], bad: Sequence[dict[str, Any]], counts: ShardCounts
     ) -> Work:
         """Writes a shard's outputs, in place of earlier ones; the order makes a kill at any moment harmless.
 
@@ -273,6 +284,6 @@ def print_summary(result: Mapping[str, Any]) -> None:
         print(f"  quarantined: {result['quarantined'] - len(result['first_bad'])} more")
 
 
-def describe_bad(record: Mapping[str, str]) -> str:
+def describe_bad(record: Mapping[str, Any]) -> str:
     """A quarantine record as one line."""
     return f"{record['shard']} {record['key']!r} ({record['stage']}): {record['reason']}"

@@ -6,9 +6,10 @@ interruption, and so do the last digits of floats; and a group is small enough t
 """
 
 import logging
+import math
 import pickle
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -108,10 +109,30 @@ class Group:
         return pickle.loads(row["group"])
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Samples of a shard: those with one of these numbers, and all from a number on."""
+
+    numbers: frozenset[int]
+    onwards: float = math.inf
+
+    def __contains__(self, number: int) -> bool:
+        return number in self.numbers or number >= self.onwards
+
+
+ALL = Selection(frozenset(), 0)
+
+
 def stream_groups(
-    shards: Sequence[str], config: LismConfig, provenance: dict[str, Any], use_gpu: bool
+    shards: Sequence[str],
+    selected: Mapping[int, Selection],
+    config: LismConfig,
+    provenance: dict[str, Any],
+    use_gpu: bool,
 ) -> Iterator[Group]:
     """Runs the pipeline over shards; every sample of them comes back once, with a record or a problem.
+
+    selected  shard number -> the samples of it that are wanted, where that is not all
 
     Raises StageError where the run cannot go on, WorkerLost where another attempt may.
     """
@@ -127,7 +148,7 @@ def stream_groups(
     # Ray Data starts dead actors and tasks again without end; `Strikes` ends that for a sample that kills each of them.
     strikes = SharedStrikes.start()
     items = [{"shard": number, "url": url} for number, url in enumerate(shards)]
-    reader = partial(read_rows, config=config, strikes=strikes)
+    reader = partial(read_rows, selected=selected, config=config, strikes=strikes)
     # Any, since `map` is typed for functions only.
     groups: Any = ray.data.from_items(items, override_num_blocks=len(items))
     with warnings.catch_warnings():
@@ -158,18 +179,23 @@ def stream_groups(
         raise WorkerLost(f"a worker died: {reason}; run the same command again, it goes on") from error
 
 
-def read_rows(row: dict[str, Any], config: LismConfig, strikes: AnyStrikes) -> Iterator[dict[str, bytes]]:
+def read_rows(
+    row: dict[str, Any], selected: Mapping[int, Selection], config: LismConfig, strikes: AnyStrikes
+) -> Iterator[dict[str, bytes]]:
     """`read_groups`, for Ray Data."""
-    return (group.to_row() for group in measure_reading(read_groups(row["shard"], row["url"], config, strikes)))
+    groups = read_groups(row["shard"], row["url"], config, strikes, selected.get(row["shard"], ALL))
+    return (group.to_row() for group in measure_reading(groups))
 
 
-def read_groups(shard: int, url: str, config: LismConfig, strikes: AnyStrikes) -> Iterator[Group]:
+def read_groups(
+    shard: int, url: str, config: LismConfig, strikes: AnyStrikes, selection: Selection = ALL
+) -> Iterator[Group]:
     """The decoded samples of a tar: at most `images_per_batch` a group, and about GROUP_BYTES of pixels."""
     held: list[Item] = []
     held_bytes = count = 0
     watch = ReadingWatch(strikes, shard, config.images_per_batch)
     try:
-        for item in read_items(url, config, watch):
+        for item in read_items(url, config, watch, selection):
             if len(held) == config.images_per_batch or held_bytes > GROUP_BYTES:
                 yield Group(shard, held)
                 held, held_bytes = [], 0
@@ -194,18 +220,23 @@ def measure_reading(groups: Iterator[Group]) -> Iterator[Group]:
         yield replace(group, work=(Work.done_here("read", len(group.items), seconds),))
 
 
-def read_items(url: str, config: LismConfig, watch: ReadingWatch) -> Iterator[Item]:
-    """The decoded samples of a tar, at least one; the damaged end of a tar, and an empty tar, count as a bad sample.
+def read_items(url: str, config: LismConfig, watch: ReadingWatch, selection: Selection) -> Iterator[Item]:
+    """The selected samples of a tar, decoded; the damaged end of a tar, and an empty tar, count as a bad sample.
 
-    Raises whatever the storage raises.
+    Raises whatever the storage raises, and ShardError for damage where the tar was whole when the selection was made.
     """
     number = 0
     try:
-        for sample in stream_samples(url, watch.begin):
+        for sample in stream_samples(url, lambda number: number in selection and watch.begin(number)):
             item = Item(number, printable(sample.key), sum(map(len, sample.members.values())))
-            yield item.failed("decode", fatal()) if number in watch.left_out else decode(item, sample, config)
+            if number in watch.left_out:
+                yield item.failed("decode", fatal())
+            elif number in selection:
+                yield decode(item, sample, config)
             number += 1
     except ShardError as error:
+        if number not in selection:
+            raise
         yield Item(number, printable(error.key)).failed("read", error)
         return
     if not number:
