@@ -4,7 +4,8 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 TEMPORARY = re.compile(r"\..+\.(?P<place>[0-9a-f]{32})\.(?P<pid>\d+)\.[0-9a-f]{32}\.tmp")
 ABANDONED_S = 3600.0
+FEW = 100
+PARALLEL_READS = 32
 
 
 def file_system(url: str) -> tuple[Any, str]:
@@ -113,6 +116,26 @@ def size_bytes(url: str) -> int:
     """The length of a file."""
     fs, path = file_system(url)
     return int(fs.info(path)["size"])
+
+
+def sizes_bytes(urls: Sequence[str]) -> dict[str, int]:
+    """The lengths of files. Many of one folder are looked up in one listing of it."""
+    folders: dict[str, list[str]] = {}
+    for url in urls:
+        folders.setdefault(url.rpartition("/")[0], []).append(url)
+    sizes: dict[str, int] = {}
+    for folder, inside in folders.items():
+        if len(inside) > FEW:
+            fs, path = file_system(folder)
+            listed = {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in fs.ls(path, detail=True)}
+            sizes |= {url: int(listed[name]) for url in inside if (name := url.rsplit("/", 1)[-1]) in listed}
+    return {url: sizes[url] if url in sizes else size_bytes(url) for url in urls}
+
+
+def read_all(urls: Sequence[str]) -> Iterator[bytes]:
+    """The contents of small files, in order, several read at a time."""
+    with ThreadPoolExecutor(PARALLEL_READS) as pool:
+        yield from pool.map(read_bytes, urls)
 
 
 def remove(url: str) -> None:

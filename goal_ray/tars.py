@@ -8,12 +8,13 @@ import io
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import IO, Literal, Self
 
 from braceexpand import braceexpand
 
 from goal_ray.errors import CaptionError, ShardError
-from goal_ray.storage import file_system, open_atomic, open_read
+from goal_ray.storage import FEW, file_system, list_names, open_atomic, open_read
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 CAPTION_EXTENSION = "txt"
@@ -81,9 +82,14 @@ def expand_shards(spec: str) -> list[str]:
     Raises ShardError where nothing is there, where a folder holds no `.tar`, or where two tars share a name.
     """
     urls: list[str] = []
-    for pattern in braceexpand(str(spec)):
+    patterns = list(braceexpand(str(spec)))
+    names_in = cache(lambda folder: frozenset(list_names(folder)))
+    for pattern in patterns:
         fs, path = file_system(pattern)
-        if fs.isdir(path):
+        # Of very many, each asked for by name would take a storage minutes.
+        if len(patterns) > FEW and shard_name(pattern) in names_in(pattern.rpartition("/")[0] or "."):
+            found = [path]
+        elif fs.isdir(path):
             found = [entry for entry in fs.ls(path, detail=False) if entry.endswith(".tar")]
             if not found:
                 raise ShardError(f"{pattern}: the folder holds no .tar file; a shard is an uncompressed WebDataset tar")

@@ -1,14 +1,24 @@
 """Files that are there when complete, and what is left of the others."""
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 
+import fsspec
 import pytest
 
 from goal_ray import storage
-from goal_ray.storage import list_names, open_atomic, read_bytes, remove_abandoned, write_bytes
+from goal_ray.storage import (
+    list_names,
+    open_atomic,
+    read_all,
+    read_bytes,
+    remove_abandoned,
+    sizes_bytes,
+    write_bytes,
+)
 
 HALF_WRITTEN = """
 import sys
@@ -75,3 +85,40 @@ def test_what_another_machine_wrote_is_removed_when_it_is_old(tmp_path, monkeypa
     os.utime(path, (then, then))
     remove_abandoned(str(tmp_path))
     assert len(os.listdir(tmp_path)) == left
+
+
+@pytest.mark.parametrize("count", [3, storage.FEW + 1])
+def test_sizes_of_few_and_of_many_files_are_the_same_question(tmp_path, count):
+    files = {str(tmp_path / f"{number} é.tar"): number for number in range(count)}
+    for path, size in files.items():
+        write_bytes(path, bytes(size))
+    assert sizes_bytes(list(files)) == files
+    with pytest.raises(FileNotFoundError, match="none"):
+        sizes_bytes([*files, str(tmp_path / "none")])
+
+
+def test_many_files_are_read_in_order(tmp_path):
+    for number in range(100):
+        write_bytes(str(tmp_path / str(number)), str(number).encode())
+    assert list(read_all([str(tmp_path / str(n)) for n in range(100)])) == [str(n).encode() for n in range(100)]
+
+
+def test_what_others_write_into_a_bucket_is_seen_at_once(s3):
+    other = fsspec.filesystem("s3", skip_instance_cache=True)
+    write_bytes(f"{s3}/out/a", b"1")
+    assert list_names(f"{s3}/out") == ["a"]
+    other.pipe(f"{s3}/out/b", b"22")
+    other.pipe(f"{s3}/out/a", b"333")
+    assert list_names(f"{s3}/out") == ["a", "b"]
+    assert sizes_bytes([f"{s3}/out/a", f"{s3}/out/b"]) == {f"{s3}/out/a": 3, f"{s3}/out/b": 2}
+
+
+@pytest.mark.parametrize("size", [10, 60_000_000])
+def test_an_upload_that_fails_leaves_the_old_object_and_nothing_else(s3, size):
+    write_bytes(f"{s3}/a", b"old")
+    with pytest.raises(TypeError), open_atomic(f"{s3}/a") as file:
+        file.writelines([bytes(size), None])
+    gc.collect()
+    assert read_bytes(f"{s3}/a") == b"old"
+    assert list_names(s3) == ["a"]
+    assert not fsspec.filesystem("s3").call_s3("list_multipart_uploads", Bucket=s3.removeprefix("s3://")).get("Uploads")

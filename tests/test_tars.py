@@ -145,3 +145,11 @@ def test_two_shards_of_one_name_are_refused(tmp_path):
         (tmp_path / folder / "x.tar").write_bytes(b"")
     with pytest.raises(ShardError, match="share a file name"):
         expand_shards(str(tmp_path / "{a,b}" / "x.tar"))
+
+
+def test_a_brace_pattern_of_very_many_shards_finds_them_all_or_names_the_missing_one(tmp_path):
+    for number in range(150):
+        (tmp_path / f"t-{number:03}.tar").touch()
+    assert len(expand_shards(str(tmp_path / "t-{000..149}.tar"))) == 150
+    with pytest.raises(ShardError, match=r"t-150\.tar: no such file"):
+        expand_shards(str(tmp_path / "t-{000..150}.tar"))

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter
 
 from goal_ray.lism.picks import Picks
 from goal_ray.lism.progress import PHASES, Work
-from goal_ray.storage import join, list_names, open_atomic, open_read, read_bytes, remove, remove_abandoned, write_bytes
+from goal_ray.storage import join, list_names, open_atomic, open_read, read_all, remove, remove_abandoned, write_bytes
 from goal_ray.tars import (
     PAIRS_EXTENSION,
     Member,
@@ -141,20 +141,19 @@ class OutputFolder:
         sizes  shard -> bytes of the input tar; a shard of another size than the one that was paired is done again
         """
         tars, done, bad = (set(list_names(join(self.url, part))) for part in ("", "done", "quarantine"))
+        shards = [shard for shard in sizes if f"{shard_name(shard)}.json" in done]
         found = {}
-        for shard, size in sizes.items():
-            name = shard_name(shard)
-            if f"{name}.json" not in done:
-                continue
-            counts = _COUNTS.validate_json(read_bytes(self._done(shard)))
+        for shard, data in zip(shards, read_all([self._done(shard) for shard in shards]), strict=True):
+            name, counts = shard_name(shard), _COUNTS.validate_json(data)
             complete = (name in tars or not counts.paired) and (f"{name}.jsonl" in bad or not counts.quarantined)
-            if complete and counts.source_bytes == size:
+            if complete and counts.source_bytes == sizes[shard]:
                 found[shard] = counts
         return found
 
-    def quarantine(self, shard: str) -> list[dict[str, Any]]:
-        """The records of a finished shard's samples that were left out."""
-        return [json.loads(line) for line in read_bytes(self._quarantine(shard)).splitlines()]
+    def quarantine(self, shards: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
+        """For each of these finished shards, which all have some, the records of samples that were left out."""
+        for data in read_all([self._quarantine(shard) for shard in shards]):
+            yield [json.loads(line) for line in data.splitlines()]
 
     def paired(self, shard: str) -> Iterator[tuple[str, bytes]]:
         """(key, pairs.json) of the samples of a finished shard's paired tar, in order."""

@@ -24,7 +24,7 @@ from goal_ray.lism.picks import Pick, Picks
 from goal_ray.lism.pipeline import Item, Selection, WorkerLost, printable, stream_groups
 from goal_ray.lism.progress import Work
 from goal_ray.ray_session import ray_session
-from goal_ray.storage import exists, file_system, join, read_bytes, size_bytes, write_bytes
+from goal_ray.storage import exists, file_system, join, read_bytes, sizes_bytes, write_bytes
 from goal_ray.tars import expand_shards, shard_name
 from goal_ray.text import split_sentences
 
@@ -53,7 +53,7 @@ def run_lism(source: str, target: str, config: LismConfig, retry_quarantined: bo
         raise StageError(f"the output would replace the input {taken}; write to another folder")
     check_settings(target, config)
     folder.remove_abandoned()
-    sizes = {shard: size_bytes(shard) for shard in shards}
+    sizes = sizes_bytes(shards)
     finished = folder.finished(sizes)
     again = quarantined_again(finished, folder) if retry_quarantined else {}
     if len(finished) < len(sizes):
@@ -144,7 +144,7 @@ def quarantined_again(finished: dict[str, ShardCounts], folder: OutputFolder) ->
     """
     bad = [shard for shard, counts in finished.items() if counts.quarantined]
     again = {}
-    for shard, records in zip(bad, map(folder.quarantine, bad), strict=True):
+    for shard, records in zip(bad, folder.quarantine(bad), strict=True):
         earlier = finished.pop(shard)
         if all("number" in record for record in records):
             numbers = frozenset(record["number"] for record in records)

@@ -1,7 +1,6 @@
 """Exactly once under faults: whatever dies, the outputs are those of an undisturbed run."""
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -11,11 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import fsspec
 import psutil
 import pytest
 from chaos import DEADLY
-from moto.server import ThreadedMotoServer
 from odd_tars import good, picture, write_members
 
 from goal_ray.config import load_config
@@ -154,20 +151,6 @@ def test_drivers_that_are_killed_again_and_again_change_no_output(undisturbed, t
     assert tars_of(target) == undisturbed
     assert leftovers(target) == []
     assert psutil.wait_procs(agents, timeout=90)[1] == []
-
-
-@pytest.fixture
-def s3(monkeypatch) -> Iterator[str]:
-    """An empty bucket of an S3 server on loopback."""
-    for name, value in (("ACCESS_KEY_ID", "x"), ("SECRET_ACCESS_KEY", "x"), ("DEFAULT_REGION", "us-east-1")):
-        monkeypatch.setenv(f"AWS_{name}", value)
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
-    fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
-    yield "s3://bucket"
-    server.stop()
 
 
 def test_on_s3_a_run_goes_on_after_its_driver_was_killed(undisturbed, tiny_clip, tmp_path, s3):
