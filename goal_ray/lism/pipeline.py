@@ -137,7 +137,7 @@ def stream_groups(
     Raises StageError where the run cannot go on, WorkerLost where another attempt may.
     """
     import ray.data
-    from ray.data import ActorPoolStrategy
+    from ray.data import ActorPoolStrategy, TaskPoolStrategy
     from ray.exceptions import RayError
     from ray.util.annotations import RayDeprecationWarning
 
@@ -155,19 +155,15 @@ def stream_groups(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RayDeprecationWarning)
         # The default, said, since Ray Data would read inside the first actors if all options were the same.
-        groups = groups.flat_map(reader, max_retries=-1)
+        groups = groups.flat_map(reader, compute=TaskPoolStrategy(config.readers), max_retries=-1)
     limit_s = config.max_seconds_per_image
-    dataset = groups.map(
-        StageActor,
-        fn_constructor_args=("propose", partial(ProposeRegions, config, device), limit_s, strikes),
-        compute=ActorPoolStrategy(min_size=config.proposer_actors[0], max_size=config.proposer_actors[1]),
-        **resources,
-    ).map(
-        StageActor,
-        fn_constructor_args=("match", partial(MatchSentences, config, provenance, device), limit_s, strikes),
-        compute=ActorPoolStrategy(min_size=config.matcher_actors[0], max_size=config.matcher_actors[1]),
-        **resources,
-    )
+    propose = partial(StageWorker, "propose", partial(ProposeRegions, config, device), limit_s, strikes)
+    match = partial(StageWorker, "match", partial(MatchSentences, config, provenance, device), limit_s, strikes)
+    apart = [([propose], config.proposer_actors), ([match], config.matcher_actors)]
+    dataset = groups
+    for stages, (least, most) in [([propose, match], config.proposer_actors)] if config.fused else apart:
+        pool = ActorPoolStrategy(min_size=least, max_size=most)
+        dataset = dataset.map(StageActor, fn_constructor_args=stages, compute=pool, **resources)
     dataset.context.target_max_block_size = 1  # every row fills a block
     try:
         for row in dataset.iter_rows():
@@ -274,7 +270,20 @@ def decoded(item: Item, sample: Sample, config: LismConfig) -> Item:
 
 
 class StageActor:
-    """Actor: applies a stage to the groups that reach it, and finds out which of their samples it cannot work on.
+    """Actor: applies one or more stages, made where it lives, to the groups that reach it."""
+
+    def __init__(self, *stages: "Callable[[], StageWorker]"):
+        self.stages = [make() for make in stages]
+
+    def __call__(self, row: dict[str, bytes]) -> dict[str, bytes]:
+        group = Group.from_row(row)
+        for stage in self.stages:
+            group = stage(group)
+        return group.to_row()
+
+
+class StageWorker:
+    """Applies a stage to groups, inside an actor, and finds out which of their samples it cannot work on.
 
     stage    its name in the quarantine
     build    loads what it needs; where that fails the actor stands, and fails its groups (see `Group.failure`)
@@ -296,17 +305,16 @@ class StageActor:
             self.failure = f"cannot start to {stage}: {describe(error)}"
         strikes.end(*start)
 
-    def __call__(self, row: dict[str, bytes]) -> dict[str, bytes]:
+    def __call__(self, group: Group) -> Group:
         with measure(self.stage) as seconds:
-            group = Group.from_row(row)
             failure = group.failure or self.failure
             if failure:
-                return Group(group.shard, [], failure=failure).to_row()
+                return Group(group.shard, [], failure=failure)
             good = [item for item in group.items if item.problem is None]
             done = {item.number: item for item in (self.apply(group.shard, good) if good else [])}
         items = [done.get(item.number, item) for item in group.items]
         work = (*group.work, Work.done_here(self.stage, len(good), seconds))
-        return replace(group, items=items, work=work).to_row()
+        return replace(group, items=items, work=work)
 
     def apply(self, shard: int, items: list[Item]) -> list[Item]:
         """The stage's work on all items; where that fails or was fatal, on one after the other, to find the culprit.

@@ -57,7 +57,7 @@ def run_lism(source: str, target: str, config: LismConfig, retry_quarantined: bo
     finished = folder.finished(sizes)
     again = quarantined_again(finished, folder) if retry_quarantined else {}
     if len(finished) < len(sizes):
-        with ray_session(busy_cpus=config.proposer_actors[0] + config.matcher_actors[0]):
+        with ray_session(busy_cpus=config.least_actors):
             pair_missing(sizes, finished, again, folder, config)
     result = summary((finished[shard] for shard in shards), time.perf_counter() - began)
     result["gallery"] = draw_gallery(folder, result)
@@ -109,7 +109,7 @@ def choose_gpu(config: LismConfig) -> bool:
 
     have = ray.cluster_resources()
     on_gpu = config.device == "cuda" or (config.device == "auto" and have.get("GPU", 0) > 0)
-    actors = config.proposer_actors[0] + config.matcher_actors[0]
+    actors = config.least_actors
     reading = 1
     needed = {"GPU": actors * config.gpus_per_actor, "CPU": reading} if on_gpu else {"CPU": actors + reading}
     for name, amount in needed.items():

@@ -10,7 +10,7 @@ from odd_tars import good, write_members
 from goal_ray.config import load_config
 from goal_ray.lism import pipeline
 from goal_ray.lism.config import LismConfig
-from goal_ray.lism.pipeline import Group, Item, StageActor, read_groups
+from goal_ray.lism.pipeline import Group, Item, StageWorker, read_groups
 from goal_ray.lism.strikes import Strikes
 from goal_ray.lism.time_limit import TimeLimitError, run_within
 
@@ -31,8 +31,8 @@ def mark(items: list[Item]) -> list[Item]:
 
 def marked(strikes: Strikes) -> list[Item]:
     """Samples 4, 5 and 6 of shard 7 after that stage."""
-    actor = StageActor("match", lambda: mark, 60, strikes)
-    return Group.from_row(actor(Group(7, [Item(number, "key") for number in (4, 5, 6)]).to_row())).items
+    group = Group(7, [Item(number, "key") for number in (4, 5, 6)])
+    return StageWorker("match", lambda: mark, 60, strikes)(group).items
 
 
 @pytest.mark.parametrize("deaths", [0, 1])
@@ -58,7 +58,7 @@ def test_a_stage_that_fails_is_not_fatal():
 
     strikes = Strikes()
     group = Group(0, [Item(0, "key"), Item(1, "key")])
-    after = Group.from_row(StageActor("match", lambda: refuse, 60, strikes)(group.to_row()))
+    after = StageWorker("match", lambda: refuse, 60, strikes)(group)
     assert [item.problem.reason for item in after.items] == ["RuntimeError: no"] * 2
     assert not +strikes.open
 
@@ -66,9 +66,9 @@ def test_a_stage_that_fails_is_not_fatal():
 def test_a_model_that_kills_its_worker_while_it_loads_ends_the_run():
     strikes = Strikes()
     died(strikes, 4, "start to match", strikes.place)
-    assert StageActor("match", lambda: mark, 60, strikes).failure == ""
+    assert StageWorker("match", lambda: mark, 60, strikes).failure == ""
     died(strikes, 5, "start to match", strikes.place)
-    assert FATAL in StageActor("match", lambda: mark, 60, strikes).failure
+    assert FATAL in StageWorker("match", lambda: mark, 60, strikes).failure
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_a_stage_that_takes_too_long_costs_just_the_sample_that_does():
         return mark(items)
 
     group = Group(0, [Item(number, "key") for number in (4, 5, 6)])
-    items = Group.from_row(StageActor("match", lambda: loop, 0.1, Strikes())(group.to_row())).items
+    items = StageWorker("match", lambda: loop, 0.1, Strikes())(group).items
     assert [item.caption for item in items] == ["4", "", "6"]
     assert "longer than 0.1 s" in items[1].problem.reason
 
