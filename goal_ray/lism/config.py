@@ -55,8 +55,8 @@ class LismConfig:
     max_seconds_per_image: a picture that takes longer to decode, to segment or to match is quarantined
     images_per_batch: pictures per call of a proposer or matcher actor, fewer where they are large; another number may
         change the last digits of similarities
-    readers: most tars read at a time, each by one CPU; null for as many as there are CPUs. The driver holds the pairs of
-        every tar until it is whole, some kB a picture
+    readers: most tars read at a time, each by one CPU; null for as many as there are CPUs. The driver holds a tar's
+        pairs until it is whole, some kB a picture
     proposer_actors: least and most proposer actors
     matcher_actors: least and most matcher actors
     fused: both models in every actor, which then hands no picture on; proposer_actors counts them

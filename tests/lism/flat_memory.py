@@ -38,7 +38,7 @@ def main(source: str, target: str, clip: str) -> None:
             yield group
 
     run.stream_groups = observed
-    ray.init(num_cpus=4, object_store_memory=STORE_BYTES, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=4, object_store_memory=STORE_BYTES, include_dashboard=False, log_to_driver=False)
     run.run_lism(source, target, load_config(LismConfig, overrides=overrides))
     stats = get_memory_info_reply(get_state_from_address(ray.get_runtime_context().gcs_address)).store_stats
     print(json.dumps({"seen": seen, "spilled": stats.spilled_bytes_total}))
