@@ -5,6 +5,7 @@ which is what a viewer shows and not always how the file stores its rows.
 """
 
 import io
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -24,6 +25,9 @@ READERS: dict[str, tuple[Callable[[bytes], bool], type[ImageFile]]] = {
     "WebP": (lambda data: data.startswith(b"RIFF") and data[8:12] == b"WEBP", WebPImageFile),
 }
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WebP": "webp"}
+MAX_SCANS = 100
+# A JPEG's marker with a length behind it, or its end; a zero byte or a restart follows 0xFF inside a scan.
+MARKER = re.compile(rb"\xff[\x01-\xcf\xd9-\xfe]")
 # EXIF orientation -> what makes the picture upright (EXIF 2.32, tag 0x0112).
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -78,6 +82,8 @@ def decode_image(data: bytes, max_pixels: int = 150_000_000) -> Image.Image:
                 f"{name} of {width}×{height} = {width * height} pixels, more than max_pixels={max_pixels}; "
                 "shrink the picture or raise max_pixels"
             )
+        if name == "JPEG" and scans(data) > MAX_SCANS:
+            raise ImageError(f"JPEG of more than {MAX_SCANS} scans, each of which takes as long as a picture")
         image.load()
         upright = UPRIGHT.get(orientation(image))
         rgb = to_rgb(image)
@@ -90,6 +96,21 @@ def decode_image(data: bytes, max_pixels: int = 150_000_000) -> Image.Image:
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise ImageError(f"damaged or truncated {name} ({len(data)} bytes): {reason}; store it again") from error
+
+
+def scans(data: bytes) -> int:
+    """How many scans a JPEG of more than MAX_SCANS has; of others, at least so many.
+
+    A progressive JPEG refines its pixels scan by scan, ten times as a rule; a few bytes are enough for a scan.
+    """
+    count, at = data.count(b"\xff\xda"), 2
+    if count <= MAX_SCANS:
+        return count
+    count = 0
+    while (marker := MARKER.search(data, at)) and marker[0] != b"\xff\xd9":
+        count += marker[0] == b"\xff\xda"
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return count
 
 
 def orientation(image: ImageFile) -> int:

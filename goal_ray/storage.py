@@ -1,19 +1,34 @@
 """Files on any storage fsspec reaches. A file written here is visible only when complete."""
 
 import os
+import re
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import IO
+from functools import cache
+from pathlib import Path
+from typing import IO, Any
 
-import fsspec
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
+
+TEMPORARY = re.compile(r"\..+\.(?P<place>[0-9a-f]{32})\.(?P<pid>\d+)\.[0-9a-f]{32}\.tmp")
+ABANDONED_S = 3600.0
+FEW = 100
+PARALLEL_READS = 32
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """fsspec's file system for an address, and the path there. Remembers no listing: other processes write, too."""
+    return url_to_fs(url, use_listings_cache=False)
 
 
 def open_read(url: str) -> IO[bytes]:
     """Opens a file for reading; seekable, buffered. The caller closes it."""
-    return fsspec.open(url, "rb").open()
+    fs, path = file_system(url)
+    return fs.open(path, "rb")
 
 
 @contextmanager
@@ -23,10 +38,11 @@ def open_atomic(url: str) -> Iterator[IO[bytes]]:
     Local: a hidden temporary file beside it, synced, then renamed. Object stores show an object only after a complete
     upload, and the upload is discarded on an error.
     """
-    fs, path = url_to_fs(url)
+    fs, path = file_system(url)
     fs.makedirs(fs._parent(path), exist_ok=True)
     if isinstance(fs, LocalFileSystem):
-        temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{uuid.uuid4().hex}.tmp")
+        name = f".{os.path.basename(path)}.{process_place()}.{os.getpid()}.{uuid.uuid4().hex}.tmp"
+        temporary = os.path.join(os.path.dirname(path), name)
         try:
             with open(temporary, "wb") as file:
                 yield file
@@ -42,8 +58,46 @@ def open_atomic(url: str) -> Iterator[IO[bytes]]:
         yield file
     except BaseException:
         file.discard()
+        file.closed = True  # or it would be stored after all when Python frees it
         raise
     file.close()
+
+
+@cache
+def process_place() -> str:
+    """What all processes share among which a process id means one process; never that of another machine."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return uuid.uuid5(uuid.UUID(boot), os.readlink("/proc/self/ns/pid")).hex
+    except (OSError, ValueError):
+        return uuid.uuid4().hex
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process of this place runs; one that is dead but not yet buried does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
+
+
+def remove_abandoned(folder: str) -> None:
+    """Deletes the hidden files that killed processes left in a local folder.
+
+    They are those of a process of this machine that runs no more, and those of others that nobody wrote to for
+    ABANDONED_S seconds. Object stores keep unfinished uploads out of sight; a rule of the bucket ends them.
+    """
+    fs, path = file_system(folder)
+    if not isinstance(fs, LocalFileSystem) or not os.path.isdir(path):
+        return
+    for entry in os.scandir(path):
+        if not (name := TEMPORARY.fullmatch(entry.name)):
+            continue
+        with suppress(FileNotFoundError):
+            dead = name["place"] == process_place() and not is_running(int(name["pid"]))
+            if dead or time.time() - entry.stat().st_mtime > ABANDONED_S:
+                os.unlink(entry.path)
 
 
 def write_bytes(url: str, data: bytes) -> None:
@@ -60,20 +114,40 @@ def read_bytes(url: str) -> bytes:
 
 def size_bytes(url: str) -> int:
     """The length of a file."""
-    fs, path = url_to_fs(url)
+    fs, path = file_system(url)
     return int(fs.info(path)["size"])
+
+
+def sizes_bytes(urls: Sequence[str]) -> dict[str, int]:
+    """The lengths of files. Many of one folder are looked up in one listing of it."""
+    folders: dict[str, list[str]] = {}
+    for url in urls:
+        folders.setdefault(url.rpartition("/")[0], []).append(url)
+    sizes: dict[str, int] = {}
+    for folder, inside in folders.items():
+        if len(inside) > FEW:
+            fs, path = file_system(folder)
+            listed = {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in fs.ls(path, detail=True)}
+            sizes |= {url: int(listed[name]) for url in inside if (name := url.rsplit("/", 1)[-1]) in listed}
+    return {url: sizes[url] if url in sizes else size_bytes(url) for url in urls}
+
+
+def read_all(urls: Sequence[str]) -> Iterator[bytes]:
+    """The contents of small files, in order, several read at a time."""
+    with ThreadPoolExecutor(PARALLEL_READS) as pool:
+        yield from pool.map(read_bytes, urls)
 
 
 def remove(url: str) -> None:
     """Deletes a file, if it is there."""
-    fs, path = url_to_fs(url)
+    fs, path = file_system(url)
     with suppress(FileNotFoundError):
         fs.rm_file(path)
 
 
 def read_range(url: str, start: int, length: int) -> bytes:
     """Part of a file, by one request. Raises OSError where the file ends before the part does."""
-    fs, path = url_to_fs(url)
+    fs, path = file_system(url)
     data = bytes(fs.cat_file(path, start=start, end=start + length))
     if len(data) != length:
         raise OSError(f"{url}: holds {len(data)} of the {length} bytes from {start} on; was it changed meanwhile?")
@@ -82,7 +156,7 @@ def read_range(url: str, start: int, length: int) -> bytes:
 
 def resolved(url: str) -> tuple[str, str]:
     """What two addresses of one file have in common: protocol and path, without links."""
-    fs, path = url_to_fs(url)
+    fs, path = file_system(url)
     if isinstance(fs, LocalFileSystem):
         return "file", os.path.realpath(path)
     return fs.to_json(), path
@@ -90,7 +164,7 @@ def resolved(url: str) -> tuple[str, str]:
 
 def exists(url: str) -> bool:
     """Whether a file or folder is there."""
-    fs, path = url_to_fs(url)
+    fs, path = file_system(url)
     return bool(fs.exists(path))
 
 
@@ -101,7 +175,7 @@ def join(folder: str, name: str) -> str:
 
 def list_names(folder: str) -> list[str]:
     """Sorted names of the files and folders directly inside a folder; empty where the folder is missing."""
-    fs, path = url_to_fs(folder)
+    fs, path = file_system(folder)
     if not fs.isdir(path):
         return []
     return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))

@@ -7,16 +7,16 @@ A member's name splits at the first dot of its base name, as in WebDataset: `a/b
 import errno
 import io
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import IO, Literal, Self
 
 from braceexpand import braceexpand
-from fsspec.core import url_to_fs
 
 from goal_ray.errors import CaptionError, ShardError
-from goal_ray.storage import open_atomic, open_read, size_bytes
+from goal_ray.storage import FEW, file_system, list_names, open_atomic, open_read, size_bytes
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 CAPTION_EXTENSION = "txt"
@@ -85,9 +85,14 @@ def expand_files(spec: str, suffixes: tuple[str, ...]) -> list[str]:
     there.
     """
     urls: list[str] = []
-    for pattern in braceexpand(str(spec)):
-        fs, path = url_to_fs(pattern)
-        if fs.isdir(path):
+    patterns = list(braceexpand(str(spec)))
+    names_in = cache(lambda folder: frozenset(list_names(folder)))
+    for pattern in patterns:
+        fs, path = file_system(pattern)
+        # Of very many, each asked for by name would take a storage minutes.
+        if len(patterns) > FEW and shard_name(pattern) in names_in(pattern.rpartition("/")[0] or "."):
+            found = [path]
+        elif fs.isdir(path):
             found = [entry for entry in fs.ls(path, detail=False) if entry.lower().endswith(suffixes)]
             if not found:
                 raise ShardError(f"{pattern}: the folder holds no {'/'.join(suffixes)} file")
@@ -180,14 +185,17 @@ def read_member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
     return data
 
 
-def stream_samples(url: str) -> Iterator[Sample]:
+def stream_samples(url: str, wanted: Callable[[int], bool] = lambda number: True) -> Iterator[Sample]:  # noqa: ARG005
     """The samples of one tar, in order, reading it once from front to back.
+
+    wanted  asked with a sample's number, from 0, when its first member is met and all samples before it are yielded;
+            a sample that is not wanted comes without members, and they are not held in memory
 
     Raises ShardError on a corrupt or truncated tar, after every sample that stands complete before the damage. What a
     failing storage raises passes through: it says nothing against the tar.
     """
     current: Sample | None = None
-    number = -1
+    number, reading = -1, False
     damage: str | None = None
     with open_read(url) as file:
         try:
@@ -199,6 +207,9 @@ def stream_samples(url: str) -> Iterator[Sample]:
                         if current is not None:
                             yield current
                         current, number = Sample(member.key, {}), member.sample
+                        reading = wanted(number)
+                    if not reading:
+                        continue
                     assert current is not None
                     current = current.with_member(member.extension, read_member(tar, member.info))
         # tarfile lets the ValueError of a senseless number in an extended header through.

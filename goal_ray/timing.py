@@ -63,7 +63,8 @@ def measure(phase: str) -> Iterator[dict[str, float]]:
         yield seconds
     finally:
         _stopwatch.reset(token)
-        inner = [(mark, mark.seconds()) for mark in watch.marks]
+        # A block that was interrupted from outside may have left a mark without its end.
+        inner = [(mark, mark.seconds()) for mark in watch.marks if mark.ended is not None]
         whole.ended = time.perf_counter()
         seconds[phase] = whole.seconds()
         for mark, length in inner:

@@ -1,7 +1,9 @@
 """Fixtures shared by all tests: tiny real models, and one private Ray cluster for the whole session."""
 
 import json
+import logging
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,3 +42,29 @@ def shared() -> Path:
     if not folder:
         pytest.skip("GOAL_RAY_SHARED names no folder with test data")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[None]:
+    """An S3 server on loopback, which this process and those it starts know by their environment."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("ACCESS_KEY_ID", "x"), ("SECRET_ACCESS_KEY", "x"), ("DEFAULT_REGION", "us-east-1")):
+            patch.setenv(f"AWS_{name}", value)
+        patch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
+        yield
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: None) -> str:  # noqa: ARG001
+    """The address of an empty bucket."""
+    import fsspec
+
+    bucket = f"bucket-{uuid.uuid4().hex}"
+    fsspec.filesystem("s3").mkdir(bucket)
+    return f"s3://{bucket}"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from goal_ray.errors import ImageError
-from goal_ray.images import decode_image, format_name, shrink, upright_size
+from goal_ray.images import MAX_SCANS, decode_image, format_name, shrink, upright_size
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 # Upright, so that every flip and turn shows: red | green over blue | white, each 40 × 24 px.
@@ -276,3 +276,21 @@ def test_the_format_is_told_by_the_first_bytes(format, name):
 def test_a_header_that_is_cut_has_no_size(format):
     with pytest.raises(ImageError, match="damaged or truncated"):
         upright_size(encode(Image.new("RGB", (3, 2)), format)[:14])
+
+
+def jpeg_of_scans(count: int) -> bytes:
+    """A progressive JPEG whose last scan, and pixels, come again until it has so many, behind harmless metadata."""
+    data = encode(PICTURE, "JPEG", progressive=True, comment=b"\xff\xda" * 200)
+    start = data.rindex(b"\xff\xda")
+    own = data.count(b"\xff\xda") - 200
+    return data[:-2] + data[start:-2] * (count - own) + b"\xff\xd9"
+
+
+def test_a_jpeg_of_more_scans_than_any_encoder_makes_is_refused():
+    assert decode_image(jpeg_of_scans(MAX_SCANS)).size == PICTURE.size
+    with pytest.raises(ImageError, match=f"more than {MAX_SCANS} scans"):
+        decode_image(jpeg_of_scans(MAX_SCANS + 1))
+
+
+def test_what_follows_the_end_of_a_jpeg_is_no_scan():
+    assert decode_image(encode(PICTURE, "JPEG") + b"\xff\xda" * 200).size == PICTURE.size

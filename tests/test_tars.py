@@ -179,3 +179,11 @@ def test_files_of_some_suffixes_are_found_in_a_folder_whatever_their_case(tmp_pa
     assert expand_files(str(tmp_path), (".csv", ".tsv")) == [str(tmp_path / "a.TSV"), str(tmp_path / "b.csv")]
     with pytest.raises(ShardError, match=r"holds no \.json file"):
         expand_files(str(tmp_path), (".json",))
+
+
+def test_a_brace_pattern_of_very_many_shards_finds_them_all_or_names_the_missing_one(tmp_path):
+    for number in range(150):
+        (tmp_path / f"t-{number:03}.tar").touch()
+    assert len(expand_shards(str(tmp_path / "t-{000..149}.tar"))) == 150
+    with pytest.raises(ShardError, match=r"t-150\.tar: no such file"):
+        expand_shards(str(tmp_path / "t-{000..150}.tar"))

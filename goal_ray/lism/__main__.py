@@ -23,8 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     positionals = {"IN": "tars to read", "OUT": "folder for paired tars; any storage fsspec reaches"}
     command = parser("lism", DESCRIPTION, example, positionals, LismConfig)
     command.add_argument("--config", metavar="FILE", help="YAML file with the settings below")
+    command.add_argument(
+        "--retry-quarantined", action="store_true", help="also do the samples in OUT/quarantine again, and only them"
+    )
     options = command.parse_intermixed_args(arguments)
-    result = run_lism(getattr(options, "in"), options.out, load_config(LismConfig, options.config, options.settings))
+    config = load_config(LismConfig, options.config, options.settings)
+    result = run_lism(getattr(options, "in"), options.out, config, options.retry_quarantined)
     print_summary(result)
     if result["gallery"]:
         print(f"pairs as pictures: {join(options.out, result['gallery'])}")

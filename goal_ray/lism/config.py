@@ -52,10 +52,14 @@ class LismConfig:
     max_area: regions larger than this share are left out (the paper: 80 %)
     max_side_px: the segmenter and the crops see a copy of the picture shrunk to this longer side
     max_pixels: larger pictures are quarantined unread
+    max_seconds_per_image: a picture that takes longer to decode, to segment or to match is quarantined
     images_per_batch: pictures per call of a proposer or matcher actor, fewer where they are large; another number may
         change the last digits of similarities
+    readers: most tars read at a time, each by one CPU; null for as many as there are CPUs. The driver holds a tar's
+        pairs until it is whole, some kB a picture
     proposer_actors: least and most proposer actors
     matcher_actors: least and most matcher actors
+    fused: both models in every actor, which then hands no picture on; proposer_actors counts them
     device: auto takes GPUs where the cluster has them
     gpus_per_actor: share of a GPU that each actor holds
     max_bad_share: the run fails when more than this share of the samples is quarantined
@@ -68,9 +72,12 @@ class LismConfig:
     max_area: float = 0.80
     max_side_px: int = 2048
     max_pixels: int = 150_000_000
+    max_seconds_per_image: float = 60.0
     images_per_batch: int = 16
+    readers: int | None = None
     proposer_actors: tuple[int, int] = (1, 1)
     matcher_actors: tuple[int, int] = (1, 1)
+    fused: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     gpus_per_actor: float = 0.5
     max_bad_share: float = 0.05
@@ -85,7 +92,16 @@ class LismConfig:
         for name in ("max_side_px", "max_pixels", "images_per_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
+        if self.readers is not None and self.readers < 1:
+            raise ValueError("readers must be at least 1, or null")
+        if self.max_seconds_per_image <= 0:
+            raise ValueError("max_seconds_per_image must be more than 0")
         if self.gpus_per_actor <= 0:
             raise ValueError("gpus_per_actor must be more than 0; to use no GPU, set device=cpu")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError("max_bad_share must be between 0 and 1")
+
+    @property
+    def least_actors(self) -> int:
+        """How many actors the run cannot do without."""
+        return self.proposer_actors[0] + (0 if self.fused else self.matcher_actors[0])

@@ -1,7 +1,7 @@
 """LISM's output folder: one paired tar per input tar, the quarantine, and what is done.
 
 OUT/NAME.tar               input members unchanged + KEY.pairs.json, renamed into place when complete
-OUT/quarantine/NAME.jsonl  samples left out: shard, key, stage, reason
+OUT/quarantine/NAME.jsonl  samples left out: shard, number in it, key, stage, reason
 OUT/done/NAME.json         counts of a finished shard, written last: a shard without it is done again, whole
 OUT/lism.json              the summary
 OUT/gallery.html           the summary as a page, with pictures
@@ -13,7 +13,7 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from pydantic import TypeAdapter
 
 from goal_ray.lism.picks import Picks
 from goal_ray.lism.work import PHASES, Work
-from goal_ray.storage import join, list_names, open_atomic, open_read, read_bytes, remove, write_bytes
+from goal_ray.storage import join, list_names, open_atomic, open_read, read_all, remove, remove_abandoned, write_bytes
 from goal_ray.tars import (
     PAIRS_EXTENSION,
     Member,
@@ -62,7 +62,7 @@ class ShardCounts:
     pairs: int = 0
     whole_image: int = 0
     similarity_histogram: list[int] = field(default_factory=lambda: [0] * SIMILARITY_BINS)
-    first_bad: list[dict[str, str]] = field(default_factory=list)
+    first_bad: list[dict[str, Any]] = field(default_factory=list)
     reasons: dict[str, int] = field(default_factory=dict)
     picks: Picks = field(default_factory=Picks)
     work: dict[str, tuple[float, int]] = field(default_factory=dict)
@@ -79,7 +79,7 @@ class ShardCounts:
             bin_ = int((value + 1) / 2 * SIMILARITY_BINS)
             self.similarity_histogram[min(max(bin_, 0), SIMILARITY_BINS - 1)] += 1
 
-    def add_bad(self, record: dict[str, str]) -> None:
+    def add_bad(self, record: dict[str, Any]) -> None:
         """Counts one quarantined sample."""
         self.samples += 1
         self.quarantined += 1
@@ -115,7 +115,7 @@ class ShardCounts:
             self.add_work(phase, seconds, images)
 
 
-def kind_of(record: Mapping[str, str]) -> str:
+def kind_of(record: Mapping[str, Any]) -> str:
     """Stage and reason of a quarantine record without what only this sample has: addresses, quotations, numbers."""
     reason = record["reason"].replace(record["shard"], "….tar")
     for pattern, instead in SPECIFIC:
@@ -142,25 +142,40 @@ class OutputFolder:
     def _quarantine(self, shard: str) -> str:
         return join(join(self.url, "quarantine"), f"{shard_name(shard)}.jsonl")
 
+    def remove_abandoned(self) -> None:
+        """Deletes what killed runs left half written."""
+        for part in ("", "done", "quarantine"):
+            remove_abandoned(join(self.url, part))
+
     def finished(self, sizes: Mapping[str, int]) -> dict[str, ShardCounts]:
         """The shards whose output is complete, and their counts.
 
         sizes  shard -> bytes of the input tar; a shard of another size than the one that was paired is done again
         """
         tars, done, bad = (set(list_names(join(self.url, part))) for part in ("", "done", "quarantine"))
+        shards = [shard for shard in sizes if f"{shard_name(shard)}.json" in done]
         found = {}
-        for shard, size in sizes.items():
-            name = shard_name(shard)
-            if f"{name}.json" not in done:
-                continue
-            counts = _COUNTS.validate_json(read_bytes(self._done(shard)))
+        for shard, data in zip(shards, read_all([self._done(shard) for shard in shards]), strict=True):
+            name, counts = shard_name(shard), _COUNTS.validate_json(data)
             complete = (name in tars or not counts.paired) and (f"{name}.jsonl" in bad or not counts.quarantined)
-            if complete and counts.source_bytes == size:
+            if complete and counts.source_bytes == sizes[shard]:
                 found[shard] = counts
         return found
 
+    def quarantine(self, shards: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
+        """For each of these finished shards, which all have some, the records of samples that were left out."""
+        for data in read_all([self._quarantine(shard) for shard in shards]):
+            yield [json.loads(line) for line in data.splitlines()]
+
+    def paired(self, shard: str) -> Iterator[tuple[str, bytes]]:
+        """(key, pairs.json) of the samples of a finished shard's paired tar, in order."""
+        with open_read(self.tar(shard)) as file, open_tar(file, "r|") as tar:
+            for member in iter_members(tar):
+                if member.sample >= 0 and member.extension == PAIRS_EXTENSION:
+                    yield member.key, read_member(tar, member.info)
+
     def finish(
-        self, shard: str, pairs: Mapping[int, bytes], bad: Sequence[dict[str, str]], counts: ShardCounts
+        self, shard: str, pairs: Mapping[int, bytes], bad: Sequence[dict[str, Any]], counts: ShardCounts
     ) -> Work:
         """Writes a shard's outputs, in place of earlier ones; the order makes a kill at any moment harmless.
 
@@ -282,6 +297,6 @@ def print_summary(result: Mapping[str, Any]) -> None:
         print(f"  quarantined: {result['quarantined'] - len(result['first_bad'])} more")
 
 
-def describe_bad(record: Mapping[str, str]) -> str:
+def describe_bad(record: Mapping[str, Any]) -> str:
     """A quarantine record as one line."""
     return f"{record['shard']} {record['key']!r} ({record['stage']}): {record['reason']}"

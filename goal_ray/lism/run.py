@@ -2,12 +2,13 @@
 
 import importlib.metadata
 import json
+import math
 import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from goal_ray import __version__
@@ -18,22 +19,25 @@ from goal_ray.lism.gallery import draw_gallery
 from goal_ray.lism.metrics import Metrics
 from goal_ray.lism.output import OutputFolder, ShardCounts, describe_bad, summary
 from goal_ray.lism.picks import Pick, Picks
-from goal_ray.lism.pipeline import Item, WorkerLost, stream_groups
+from goal_ray.lism.pipeline import Item, Selection, WorkerLost, printable, stream_groups
 from goal_ray.lism.progress import Progress
 from goal_ray.lism.work import Work
 from goal_ray.ray_session import ray_session
-from goal_ray.storage import exists, join, read_bytes, resolved, size_bytes, write_bytes
+from goal_ray.storage import exists, join, read_bytes, resolved, sizes_bytes, write_bytes
 from goal_ray.tars import expand_shards, shard_name
 from goal_ray.text import split_sentences
 
-RESULT_KEYS = ("proposer", "matcher", "language", "min_area", "max_area", "max_side_px", "max_pixels")
+RESULT_KEYS = ("proposer", "matcher", "language", "min_area", "max_area", "max_side_px")
+LIMIT_KEYS = ("max_pixels", "max_seconds_per_image")  # they only decide what is quarantined
 SUMMARY_FILE = "lism.json"
 SETTINGS_FILE = "settings.json"
 EARLY_BAD = 100
 
 
-def run_lism(source: str, target: str, config: LismConfig) -> dict[str, Any]:
+def run_lism(source: str, target: str, config: LismConfig, retry_quarantined: bool = False) -> dict[str, Any]:
     """Pairs every shard of `source` that `target` lacks. Returns the summary over all shards, earlier ones included.
+
+    retry_quarantined  also do the quarantined samples of finished shards again, and keep the other samples' pairs
 
     Raises StageError for a target made with other settings, and when too many samples had to be quarantined.
     """
@@ -47,11 +51,13 @@ def run_lism(source: str, target: str, config: LismConfig) -> dict[str, Any]:
     if taken is not None:
         raise StageError(f"the output would replace the input {taken}; write to another folder")
     check_settings(target, config)
-    sizes = {shard: size_bytes(shard) for shard in shards}
+    folder.remove_abandoned()
+    sizes = sizes_bytes(shards)
     finished = folder.finished(sizes)
+    again = quarantined_again(finished, folder) if retry_quarantined else {}
     if len(finished) < len(sizes):
-        with ray_session(busy_cpus=config.proposer_actors[0] + config.matcher_actors[0]):
-            pair_missing(sizes, finished, folder, config)
+        with ray_session(busy_cpus=config.least_actors):
+            pair_missing(sizes, finished, again, folder, config)
     result = summary((finished[shard] for shard in shards), time.perf_counter() - began)
     result["gallery"] = draw_gallery(folder, result)
     write_bytes(join(target, SUMMARY_FILE), json.dumps(result, indent=2, ensure_ascii=False).encode())
@@ -73,8 +79,8 @@ def check_settings(target: str, config: LismConfig) -> None:
                 f"{target} was made with other settings ({', '.join(changed)}; see {path}); "
                 "use the same ones, or another folder"
             )
-    else:
-        write_bytes(join(target, "config.yaml"), to_yaml(config).encode())
+    write_bytes(join(target, "config.yaml"), to_yaml(config).encode())
+    if not exists(path):
         write_bytes(path, json.dumps(mine, indent=2).encode())
 
 
@@ -82,7 +88,7 @@ def provenance(config: LismConfig) -> dict[str, Any]:
     """What made the pairs, stored with each of them."""
     tree = to_tree(config)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "open_clip_torch", "sentencex")}
-    return {"goal_ray": __version__, **{key: tree[key] for key in RESULT_KEYS}, "versions": versions}
+    return {"goal_ray": __version__, **{key: tree[key] for key in (*RESULT_KEYS, *LIMIT_KEYS)}, "versions": versions}
 
 
 def choose_gpu(config: LismConfig) -> bool:
@@ -94,7 +100,7 @@ def choose_gpu(config: LismConfig) -> bool:
 
     have = ray.cluster_resources()
     on_gpu = config.device == "cuda" or (config.device == "auto" and have.get("GPU", 0) > 0)
-    actors = config.proposer_actors[0] + config.matcher_actors[0]
+    actors = config.least_actors
     reading = 1
     needed = {"GPU": actors * config.gpus_per_actor, "CPU": reading} if on_gpu else {"CPU": actors + reading}
     for name, amount in needed.items():
@@ -106,19 +112,56 @@ def choose_gpu(config: LismConfig) -> bool:
     return on_gpu
 
 
+@dataclass(frozen=True)
+class Again:
+    """Samples of a finished shard that are to be done again, and the counts of the first time."""
+
+    selection: Selection
+    earlier: ShardCounts
+
+    def kept(self, shard: str, folder: OutputFolder) -> list[Item]:
+        """The other samples of the shard, with their pairs."""
+        numbers = (number for number in range(self.earlier.samples) if number not in self.selection)
+        paired = folder.paired(shard) if self.earlier.paired else ()
+        return [
+            Item(number, printable(key), record=record) for number, (key, record) in zip(numbers, paired, strict=True)
+        ]
+
+
+def quarantined_again(finished: dict[str, ShardCounts], folder: OutputFolder) -> dict[str, Again]:
+    """Takes the shards with quarantined samples out of `finished`; says for each which samples these are.
+
+    A shard whose records do not say it is not in the result, and is done again whole.
+    """
+    bad = [shard for shard, counts in finished.items() if counts.quarantined]
+    again = {}
+    for shard, records in zip(bad, folder.quarantine(bad), strict=True):
+        earlier = finished.pop(shard)
+        if all("number" in record for record in records):
+            numbers = frozenset(record["number"] for record in records)
+            unread = [record["number"] for record in records if record["stage"] == "read"]
+            again[shard] = Again(Selection(numbers, min(unread, default=math.inf)), earlier)
+    return again
+
+
 def pair_missing(
-    sizes: Mapping[str, int], finished: dict[str, ShardCounts], folder: OutputFolder, config: LismConfig
+    sizes: Mapping[str, int],
+    finished: dict[str, ShardCounts],
+    again: Mapping[str, Again],
+    folder: OutputFolder,
+    config: LismConfig,
 ) -> None:
-    """Pairs the shards that are not in `finished` and puts them there, anew after the loss of a worker.
+    """Pairs the shards that are not in `finished` and puts them there, anew where the pipeline broke down.
 
     sizes  shard -> bytes of its tar
+    again  shards of which only some samples are done
 
     Raises WorkerLost when an attempt ended so without finishing any shard: then it is no accident.
     """
     while missing := {shard: size for shard, size in sizes.items() if shard not in finished}:
         before = len(finished)
         try:
-            pair_shards(missing, finished, folder, config)
+            pair_shards(missing, finished, again, folder, config)
         except WorkerLost as error:
             if len(finished) == before:
                 raise
@@ -126,21 +169,26 @@ def pair_missing(
 
 
 def pair_shards(
-    sizes: Mapping[str, int], finished: dict[str, ShardCounts], folder: OutputFolder, config: LismConfig
+    sizes: Mapping[str, int],
+    finished: dict[str, ShardCounts],
+    again: Mapping[str, Again],
+    folder: OutputFolder,
+    config: LismConfig,
 ) -> None:
     """Runs the pipeline over all of `sizes` and finishes every shard as soon as all its samples are through."""
     import ray
 
     on_gpu, finish = choose_gpu(config), ray.remote(finish_shard)
     shards = list(sizes)
-    waiting: dict[int, list[Item]] = defaultdict(list)
+    selected = {number: again[shard].selection for number, shard in enumerate(shards) if shard in again}
+    waiting: dict[int, dict[int, Item]] = defaultdict(dict)
     work: dict[int, list[Work]] = defaultdict(list)
     expected: dict[int, int] = {}
     writing: dict[Any, str] = {}
     with Progress(sum(sizes.values()), len(shards), Metrics(folder.url)) as progress:
-        for group in stream_groups(shards, config, provenance(config), on_gpu):
+        for group in stream_groups(shards, selected, config, provenance(config), on_gpu):
             shard, items = shards[group.shard], waiting[group.shard]
-            items += group.items
+            items.update((item.number, item) for item in group.items)
             work[group.shard] += group.work
             bad = [item for item in group.items if item.problem is not None]
             stages = [item.problem.stage for item in bad if item.problem is not None]
@@ -148,20 +196,20 @@ def pair_shards(
             if bad and progress.bad > EARLY_BAD:
                 example = bad_record(shard, bad[-1])
                 check_bad(progress.bad, progress.images, config.max_bad_share, example, folder)
-            if group.last:
-                expected[group.shard] = group.items[-1].number + 1
+            if group.count is not None:
+                expected[group.shard] = group.count
             if len(items) == expected.get(group.shard):
-                through = waiting.pop(group.shard), work.pop(group.shard)
-                writing[finish.remote(shard, sizes[shard], *through, folder)] = shard
-                progress.skipped(sizes[shard] - size_of(items))
+                through = list(waiting.pop(group.shard).values()), work.pop(group.shard)
+                writing[finish.remote(shard, sizes[shard], *through, again.get(shard), folder)] = shard
+                progress.skipped(sizes[shard] - size_of(items.values()))
             collect(writing, finished, progress, timeout_s=0)
         collect(writing, finished, progress, timeout_s=None)
         progress.all_done()
     if waiting:
-        raise StageError(f"{len(waiting)} shards came back incomplete; run the same command again")
+        raise WorkerLost(f"{len(waiting)} shards came back incomplete; run the same command again, it goes on")
 
 
-def size_of(items: list[Item]) -> int:
+def size_of(items: Iterable[Item]) -> int:
     """Bytes of samples in their tar."""
     return sum(item.size_bytes for item in items)
 
@@ -182,23 +230,28 @@ def collect(
         shard = writing.pop(reference)
         try:
             finished[shard], work = ray.get(reference)
-        except ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None) or error
+        except ray.exceptions.RayTaskError as error:
             raise StageError(
-                f"the pairs of {shard_name(shard)} cannot be written: {type(cause).__name__}: {cause}; "
+                f"the pairs of {shard_name(shard)} cannot be written: {type(error.cause).__name__}: {error.cause}; "
                 "mend it and run the same command again, it goes on"
             ) from None
+        except ray.exceptions.RayError as error:
+            raise WorkerLost(f"the pairs of {shard_name(shard)} were not written: {error}") from error
         progress.finished(finished[shard].pairs, work)
 
 
 def finish_shard(
-    shard: str, source_bytes: int, items: list[Item], work: list[Work], folder: OutputFolder
+    shard: str, source_bytes: int, items: list[Item], work: list[Work], again: Again | None, folder: OutputFolder
 ) -> tuple[ShardCounts, Work]:
     """Writes one shard's outputs from its samples. Returns its counts, and the work of writing."""
     counts, pairs, bad, picks = ShardCounts(source_bytes), {}, [], []
     for done in work:
         for phase, seconds in done.seconds.items():
             counts.add_work(phase, seconds, done.images)
+    if again is not None:
+        items = [*items, *again.kept(shard, folder)]
+        for phase, (busy, images) in again.earlier.work.items():
+            counts.add_work(phase, busy, images)
     for item in sorted(items, key=lambda item: item.number):
         if item.problem is not None:
             bad.append(bad_record(shard, item))
@@ -217,13 +270,13 @@ def finish_shard(
     return counts, written
 
 
-def bad_record(shard: str, item: Item) -> dict[str, str]:
+def bad_record(shard: str, item: Item) -> dict[str, Any]:
     """The quarantine's record of a sample."""
     assert item.problem is not None
-    return {"shard": shard_name(shard), "key": item.key, **asdict(item.problem)}
+    return {"shard": shard_name(shard), "number": item.number, "key": item.key, **asdict(item.problem)}
 
 
-def check_bad(bad: int, samples: int, max_bad_share: float, example: dict[str, str], folder: OutputFolder) -> None:
+def check_bad(bad: int, samples: int, max_bad_share: float, example: dict[str, Any], folder: OutputFolder) -> None:
     """Raises StageError where more samples are bad than the run allows."""
     if bad > max_bad_share * samples:
         raise StageError(

@@ -41,7 +41,7 @@ def make(folder: Path, name: str, captions: list[str], pairs: list[list[Pair]], 
         record = PairRecord((40, 30), sentences, (WHOLE, LEFT), tuple(mine), {})
         items.append(Item(number, shown, record=record.to_bytes()))
     shard = str(folder / "in" / f"{name}.tar")
-    counts, _ = finish_shard(shard, size_bytes(shard), items, [], OutputFolder(str(folder / "out")))
+    counts, _ = finish_shard(shard, size_bytes(shard), items, [], None, OutputFolder(str(folder / "out")))
     return counts
 
 

@@ -10,7 +10,8 @@ from goal_ray.config import load_config
 from goal_ray.errors import ModelError
 from goal_ray.lism import pipeline
 from goal_ray.lism.config import LismConfig
-from goal_ray.lism.pipeline import Group, MatchSentences, ProposeRegions, StageActor, measure_reading, read_groups
+from goal_ray.lism.pipeline import Group, MatchSentences, ProposeRegions, StageWorker, measure_reading, read_groups
+from goal_ray.lism.strikes import Strikes
 from goal_ray.pairs import PairRecord
 from goal_ray.regions import Regions
 
@@ -20,7 +21,7 @@ def settings(*overrides: str) -> LismConfig:
 
 
 def only_group(path, config) -> Group:
-    (group,) = read_groups(0, str(path), config)
+    (group,) = read_groups(0, str(path), config, Strikes())
     return group
 
 
@@ -32,21 +33,21 @@ def seven(tmp_path):
     return path
 
 
-def test_groups_are_consecutive_samples_and_the_last_says_so(seven):
-    groups = list(read_groups(5, str(seven), settings("images_per_batch=3")))
+def test_groups_are_consecutive_samples_and_the_last_knows_how_many(seven):
+    groups = list(read_groups(5, str(seven), settings("images_per_batch=3"), Strikes()))
     assert [[item.number for item in group.items] for group in groups] == [[0, 1, 2], [3, 4, 5], [6]]
-    assert [group.last for group in groups] == [False, False, True]
+    assert [group.count for group in groups] == [None, None, 7]
     assert {group.shard for group in groups} == {5}
 
 
 def test_large_pictures_make_smaller_groups(seven, monkeypatch):
     monkeypatch.setattr(pipeline, "GROUP_BYTES", 40 * 30 * 3 + 1)
-    groups = read_groups(0, str(seven), settings())
+    groups = read_groups(0, str(seven), settings(), Strikes())
     assert [len(group.items) for group in groups] == [2, 2, 2, 1]
 
 
 def test_a_storage_that_fails_is_no_bad_tar(tmp_path):
-    (group,) = read_groups(0, str(tmp_path / "gone.tar"), settings())
+    (group,) = read_groups(0, str(tmp_path / "gone.tar"), settings(), Strikes())
     assert "gone.tar cannot be read: FileNotFoundError" in group.failure
     assert group.items == []
 
@@ -91,7 +92,7 @@ def test_a_proposer_that_fails_on_one_picture_costs_just_that_sample(tmp_path):
         stage.proposer = Refuses()
         return stage
 
-    after = Group.from_row(StageActor("propose", build)(group.to_row()))
+    after = StageWorker("propose", build, 60, Strikes())(group)
     assert [item.problem and (item.problem.stage, item.problem.reason) for item in after.items] == [
         None,
         ("propose", "RuntimeError: no segments"),
@@ -104,13 +105,13 @@ def test_samples_with_a_problem_pass_the_stages_untouched(tmp_path, tiny_clip):
     write_members(tmp_path / "bad.tar", bad_members())
     config = settings(f"matcher.model.name={tiny_clip}")
     before = only_group(tmp_path / "bad.tar", config)
-    row = before.to_row()
-    for actor in (
-        StageActor("propose", lambda: ProposeRegions(config, "cpu")),
-        StageActor("match", lambda: MatchSentences(config, {}, "cpu")),
+    after = before
+    for stage in (
+        StageWorker("propose", lambda: ProposeRegions(config, "cpu"), 60, Strikes()),
+        StageWorker("match", lambda: MatchSentences(config, {}, "cpu"), 60, Strikes()),
     ):
-        row = actor(row)
-    assert Group.from_row(row) == before
+        after = stage(Group.from_row(after.to_row()))
+    assert after == before
     assert [item.key for item in before.items] == list(BAD)
 
 
@@ -120,10 +121,10 @@ def test_every_stage_adds_its_work_to_the_group_and_waiting_for_the_next_stage_i
     monkeypatch.setattr("goal_ray.timing.time.perf_counter", lambda: clock[0])
     monkeypatch.setattr(pipeline, "decode", lambda item, *_: clock.__setitem__(0, clock[0] + 1) or item)
     seconds, images = [], []
-    for group in measure_reading(read_groups(0, str(tmp_path / "a.tar"), settings("images_per_batch=6"))):
+    for group in measure_reading(read_groups(0, str(tmp_path / "a.tar"), settings("images_per_batch=6"), Strikes())):
         clock[0] += 100
-        row = StageActor("propose", lambda: lambda items: clock.__setitem__(0, clock[0] + 3) or items)(group.to_row())
-        for work in Group.from_row(row).work:
+        stage = StageWorker("propose", lambda: lambda items: clock.__setitem__(0, clock[0] + 3) or items, 60, Strikes())
+        for work in stage(group).work:
             seconds.append(work.seconds)
             images.append(work.images)
     assert seconds == [{"read": 7}, {"propose": 3}, {"read": 4}, {"propose": 3}]
@@ -134,7 +135,7 @@ def test_a_model_that_does_not_load_fails_the_group_with_its_reason(seven):
     def build():
         raise ModelError("weights are gone")
 
-    after = Group.from_row(StageActor("match", build)(only_group(seven, settings()).to_row()))
+    after = StageWorker("match", build, 60, Strikes())(only_group(seven, settings()))
     assert after.failure == "cannot start to match: weights are gone"
 
 
@@ -159,7 +160,7 @@ def test_sam_gives_regions_to_the_matcher(tmp_path, tiny_clip):
         record = PairRecord.from_bytes(done.record, item.caption, item.key)
         assert {region.source for region in record.regions} == {"image", "sam"}
         assert len(record.pairs) == 2
-    row = StageActor("propose", lambda: ProposeRegions(config, "cpu"))(only_group(tmp_path / "a.tar", config).to_row())
-    (work,) = Group.from_row(row).work
+    stage = StageWorker("propose", lambda: ProposeRegions(config, "cpu"), 60, Strikes())
+    (work,) = stage(only_group(tmp_path / "a.tar", config)).work
     assert (work.stage, work.images, set(work.seconds)) == ("propose", 2, {"encode", "propose"})
     assert min(work.seconds.values()) > 0

@@ -1,0 +1,88 @@
+"""`python chaos.py IN OUT CLIP SEED`: a LISM run on a cluster of two nodes that loses workers and one of the nodes.
+
+A picture whose first pixel is DEADLY kills its worker every time. The moments of the other deaths follow from SEED.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator
+
+import psutil
+import ray
+from ray.cluster_utils import Cluster
+
+from goal_ray.config import load_config
+from goal_ray.lism import pipeline, run
+from goal_ray.lism.config import LismConfig
+
+DEADLY = (1, 2, 3)
+GROUP = 4
+
+
+class DeadlyProposer(pipeline.ProposeRegions):
+    """The grid, at the speed of a real proposer, so that deaths strike while there is work."""
+
+    def __call__(self, items: list[pipeline.Item]) -> list[pipeline.Item]:
+        time.sleep(0.1)
+        if any(tuple(item.picture_HW3[0, 0]) == DEADLY for item in items):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(items)
+
+
+def kill_worker(title: str) -> bool:
+    """Kills a worker whose process title contains a text. Returns whether there was one."""
+    workers = [process for process in psutil.Process().children(recursive=True) if title in worker_title(process)]
+    if workers:
+        workers[0].kill()
+    return bool(workers)
+
+
+def worker_title(process: psutil.Process) -> str:
+    """What Ray calls the work of a process."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def kill_node(node: "ray.node.Node") -> bool:
+    """Kills a node as a power cut would: its raylet, with which all its workers end."""
+    os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+    return True
+
+
+def main(source: str, target: str, clip: str, seed: int) -> None:
+    """Runs LISM, and lets something die before each of some groups that come back."""
+    overrides = [f"matcher.model.name={clip}", f"images_per_batch={GROUP}", "proposer_actors=[2,2]", "max_bad_share=1"]
+    config = load_config(LismConfig, overrides=["proposer.name=grid", "device=cpu", *overrides])
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
+    extra = cluster.add_node(num_cpus=2)
+    ray.init(address=cluster.address, log_to_driver=False)
+    chance, stream_groups, happened = random.Random(seed), run.stream_groups, []
+    pending = [
+        *[(kill_worker, title) for title in ("MapWorker", "FlatMap", "Strikes", "MapWorker")],
+        (kill_node, extra),
+    ]
+    chance.shuffle(pending)
+
+    def disturbed(*args: object) -> Iterator[pipeline.Group]:
+        for group in stream_groups(*args):
+            if pending and chance.random() < 0.5:
+                kill, victim = pending.pop()
+                if kill(victim):
+                    happened.append(str(victim) if kill is kill_worker else "node")
+            yield group
+
+    pipeline.ProposeRegions, run.stream_groups = DeadlyProposer, disturbed
+    run.run_lism(source, target, config)
+    print(json.dumps(sorted(happened)))
+    ray.shutdown()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:4], int(sys.argv[4]))

@@ -1,0 +1,48 @@
+"""`python flat_memory.py IN OUT CLIP`: a LISM run with a small object store; prints what memory it took, as JSON."""
+
+import json
+import sys
+from collections.abc import Iterator
+
+import psutil
+import ray
+from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+
+from goal_ray.config import load_config
+from goal_ray.lism import pipeline, run
+from goal_ray.lism.config import LismConfig
+
+STORE_BYTES = 80 * 2**20
+
+
+def private_bytes() -> int:
+    """What the driver and all workers hold, without the object store, which they share."""
+    total = 0
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        try:
+            memory = process.memory_info()
+        except psutil.NoSuchProcess:
+            continue
+        total += memory.rss - memory.shared
+    return total
+
+
+def main(source: str, target: str, clip: str) -> None:
+    """Runs LISM and looks at the memory whenever a group comes back."""
+    overrides = ["proposer.name=grid", "device=cpu", f"matcher.model.name={clip}", "images_per_batch=2"]
+    seen, stream_groups = [], run.stream_groups
+
+    def observed(*args: object) -> Iterator[pipeline.Group]:
+        for group in stream_groups(*args):
+            seen.append(private_bytes())
+            yield group
+
+    run.stream_groups = observed
+    ray.init("local", num_cpus=4, object_store_memory=STORE_BYTES, include_dashboard=False, log_to_driver=False)
+    run.run_lism(source, target, load_config(LismConfig, overrides=overrides))
+    stats = get_memory_info_reply(get_state_from_address(ray.get_runtime_context().gcs_address)).store_stats
+    print(json.dumps({"seen": seen, "spilled": stats.spilled_bytes_total}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

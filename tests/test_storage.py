@@ -1,0 +1,124 @@
+"""Files that are there when complete, and what is left of the others."""
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+
+import fsspec
+import pytest
+
+from goal_ray import storage
+from goal_ray.storage import (
+    list_names,
+    open_atomic,
+    read_all,
+    read_bytes,
+    remove_abandoned,
+    sizes_bytes,
+    write_bytes,
+)
+
+HALF_WRITTEN = """
+import sys
+from goal_ray.storage import open_atomic
+with open_atomic(sys.argv[1]) as file:
+    file.write(b"half")
+    file.flush()
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def half_written(tmp_path):
+    """A folder in which another process is just writing a file; the process."""
+    writer = subprocess.Popen(
+        [sys.executable, "-c", HALF_WRITTEN, str(tmp_path / "a.tar")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert writer.stdout.readline() == b"writing\n"
+    yield writer
+    writer.kill()
+    writer.communicate()
+
+
+def test_a_file_appears_when_it_is_complete(tmp_path):
+    with open_atomic(str(tmp_path / "new" / "a")) as file:
+        file.write(b"text")
+        assert [name for name in list_names(str(tmp_path / "new")) if not name.startswith(".")] == []
+    assert os.listdir(tmp_path / "new") == ["a"]
+    assert read_bytes(str(tmp_path / "new" / "a")) == b"text"
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    write_bytes(str(tmp_path / "a"), b"old")
+    with pytest.raises(TypeError), open_atomic(str(tmp_path / "a")) as file:
+        file.writelines([b"new", None])
+    assert os.listdir(tmp_path) == ["a"]
+    assert read_bytes(str(tmp_path / "a")) == b"old"
+
+
+def test_what_a_killed_process_left_is_removed_even_before_it_is_buried(half_written, tmp_path):
+    (tmp_path / ".mine.tmp").touch()
+    half_written.send_signal(signal.SIGKILL)
+    os.waitid(os.P_PID, half_written.pid, os.WEXITED | os.WNOWAIT)
+    assert len(os.listdir(tmp_path)) == 2
+    remove_abandoned(str(tmp_path))
+    assert os.listdir(tmp_path) == [".mine.tmp"]
+
+
+def test_what_a_running_process_writes_is_left_alone(half_written, tmp_path):
+    remove_abandoned(str(tmp_path))
+    half_written.communicate(b"go on")
+    assert os.listdir(tmp_path) == ["a.tar"]
+
+
+@pytest.mark.parametrize(("age_s", "left"), [(storage.ABANDONED_S / 2, 1), (storage.ABANDONED_S * 2, 0)])
+@pytest.mark.usefixtures("half_written")
+def test_what_another_machine_wrote_is_removed_when_it_is_old(tmp_path, monkeypatch, age_s, left):
+    monkeypatch.setattr(storage, "process_place", lambda: "0" * 32)
+    (path,) = tmp_path.iterdir()
+    then = path.stat().st_mtime - age_s
+    os.utime(path, (then, then))
+    remove_abandoned(str(tmp_path))
+    assert len(os.listdir(tmp_path)) == left
+
+
+@pytest.mark.parametrize("count", [3, storage.FEW + 1])
+def test_sizes_of_few_and_of_many_files_are_the_same_question(tmp_path, count):
+    files = {str(tmp_path / f"{number} é.tar"): number for number in range(count)}
+    for path, size in files.items():
+        write_bytes(path, bytes(size))
+    assert sizes_bytes(list(files)) == files
+    with pytest.raises(FileNotFoundError, match="none"):
+        sizes_bytes([*files, str(tmp_path / "none")])
+
+
+def test_many_files_are_read_in_order(tmp_path):
+    for number in range(100):
+        write_bytes(str(tmp_path / str(number)), str(number).encode())
+    assert list(read_all([str(tmp_path / str(n)) for n in range(100)])) == [str(n).encode() for n in range(100)]
+
+
+def test_what_others_write_into_a_bucket_is_seen_at_once(s3):
+    other = fsspec.filesystem("s3", skip_instance_cache=True)
+    write_bytes(f"{s3}/out/a", b"1")
+    assert list_names(f"{s3}/out") == ["a"]
+    other.pipe(f"{s3}/out/b", b"22")
+    other.pipe(f"{s3}/out/a", b"333")
+    assert list_names(f"{s3}/out") == ["a", "b"]
+    assert sizes_bytes([f"{s3}/out/a", f"{s3}/out/b"]) == {f"{s3}/out/a": 3, f"{s3}/out/b": 2}
+
+
+@pytest.mark.parametrize("size", [10, 60_000_000])
+def test_an_upload_that_fails_leaves_the_old_object_and_nothing_else(s3, size):
+    write_bytes(f"{s3}/a", b"old")
+    with pytest.raises(TypeError), open_atomic(f"{s3}/a") as file:
+        file.writelines([bytes(size), None])
+    gc.collect()
+    assert read_bytes(f"{s3}/a") == b"old"
+    assert list_names(s3) == ["a"]
+    assert not fsspec.filesystem("s3").call_s3("list_multipart_uploads", Bucket=s3.removeprefix("s3://")).get("Uploads")
