@@ -15,26 +15,24 @@ from goal_ray.lism.config import LismConfig
 STORE_BYTES = 80 * 2**20
 
 
-def private_bytes() -> int:
-    """What the driver and all workers hold, without the object store, which they share."""
-    total = 0
-    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-        try:
-            memory = process.memory_info()
-        except psutil.NoSuchProcess:
-            continue
-        total += memory.rss - memory.shared
-    return total
+def private_bytes(process: psutil.Process) -> int:
+    """What a process holds, without the object store, which all share."""
+    try:
+        memory = process.memory_info()
+    except psutil.NoSuchProcess:
+        return 0
+    return memory.rss - memory.shared
 
 
 def main(source: str, target: str, clip: str) -> None:
     """Runs LISM and looks at the memory whenever a group comes back."""
-    overrides = ["proposer.name=grid", "device=cpu", f"matcher.model.name={clip}", "images_per_batch=2"]
+    overrides = ["proposer.name=grid", "device=cpu", f"matcher.model.name={clip}", "images_per_batch=1"]
     seen, stream_groups = [], run.stream_groups
 
     def observed(*args: object) -> Iterator[pipeline.Group]:
         for group in stream_groups(*args):
-            seen.append(private_bytes())
+            workers = psutil.Process().children(recursive=True)
+            seen.append((private_bytes(psutil.Process()), max(map(private_bytes, workers))))
             yield group
 
     run.stream_groups = observed
