@@ -10,10 +10,9 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import psutil
-import ray
-from ray.cluster_utils import Cluster
 
 from goal_ray.config import load_config
 from goal_ray.lism import pipeline, run
@@ -49,7 +48,7 @@ def worker_title(process: psutil.Process) -> str:
         return ""
 
 
-def kill_node(node: "ray.node.Node") -> bool:
+def kill_node(node: Any) -> bool:
     """Kills a node as a power cut would: its raylet, with which all its workers end."""
     os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
     return True
@@ -57,6 +56,10 @@ def kill_node(node: "ray.node.Node") -> bool:
 
 def main(source: str, target: str, clip: str, seed: int) -> None:
     """Runs LISM, and lets something die before each of some groups that come back."""
+    # Here, since the tests import this file, and a Ray that is imported too early binds to more than loopback.
+    import ray
+    from ray.cluster_utils import Cluster
+
     overrides = [f"matcher.model.name={clip}", f"images_per_batch={GROUP}", "proposer_actors=[2,2]", "max_bad_share=1"]
     config = load_config(LismConfig, overrides=["proposer.name=grid", "device=cpu", *overrides])
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})

@@ -150,7 +150,7 @@ def counted(shard: str, paired: int, bad: list[dict]) -> ShardCounts:
     """The counts of a shard with so many paired samples, and these bad ones."""
     counts = ShardCounts(size_bytes(shard))
     for _ in range(paired):
-        counts.add_pairs(3, [0.5], 0)
+        counts.add_pairs(3, 1, [0.5], 0)
     for record in bad:
         counts.add_bad(record)
     return counts
