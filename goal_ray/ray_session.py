@@ -36,6 +36,9 @@ def ray_session(busy_cpus: int = 0) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    if not address:
+        # Where Ray was imported before, it has read the environment too early.
+        ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address:
         ray.init(address=address, **quiet)

@@ -7,10 +7,14 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from tiny_architecture import TINY_CLIP
 
+# Tests are never timed: the machine may be busy.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 # One thread per process: the suite's processes share few cores, and small tensors gain nothing from more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Without a GPU the Triton kernels run in Triton's interpreter, which is chosen when they are first imported.

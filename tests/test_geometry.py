@@ -30,7 +30,7 @@ def bright_extent(square_3SS: np.ndarray) -> tuple[int, int, int, int]:
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_painted_box_lands_where_its_box_does(mode, data):
     width = data.draw(st.integers(40, 300))
@@ -58,7 +58,7 @@ def test_shortest_equals_open_clips_own_preprocessing(width, height):
 
 
 @given(st.integers(1, 300), st.integers(1, 300))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])  # a GPU resizes bytes as floats
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("mode", ["shortest", "squash"])

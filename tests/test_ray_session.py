@@ -5,10 +5,9 @@ import subprocess
 import sys
 
 LISTENERS = """
-import os, psutil, time
+import os, psutil, ray
 from goal_ray.ray_session import ray_session
 with ray_session():
-    import ray
     ray.get(ray.remote(lambda: None).remote())
     mine = [psutil.Process(), *psutil.Process().children(recursive=True)]
     found = [(c.laddr.ip, p.name()) for p in mine for c in p.net_connections() if c.status == psutil.CONN_LISTEN]

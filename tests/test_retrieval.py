@@ -35,7 +35,7 @@ def whole_numbers(rows: int, columns: int) -> st.SearchStrategy[np.ndarray]:
 
 
 @given(st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_ranks_equal_a_full_sort(data):
     count, columns = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 4))
     query, target = data.draw(whole_numbers(count, columns)), data.draw(whole_numbers(count, columns))
@@ -46,7 +46,7 @@ def test_ranks_equal_a_full_sort(data):
 
 
 @given(st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_several_captions_may_share_a_picture(data):
     queries, targets = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 6))
     query, target = data.draw(whole_numbers(queries, 3)), data.draw(whole_numbers(targets, 3))

@@ -119,7 +119,7 @@ def test_abbreviations_follow_the_language():
 
 
 @given(CAPTIONS.map("".join), st.sampled_from(["en", "de", "zh", "ja", "hi", "ar", "xx"]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_sentences_are_ordered_trimmed_and_lose_no_letter(caption, language):
     spans = split_sentences(caption, language)
     check_spans(caption, spans)
@@ -149,7 +149,7 @@ def test_real_captions_split_and_map_completely():
 
 
 @given(CAPTIONS.map("".join), st.integers(1, 60))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_ids_are_those_of_open_clips_tokenizer(caption, context_length):
     theirs = TOKENIZER([caption], context_length)[0].numpy()
     for spans in ([], split_sentences(caption)):
@@ -159,7 +159,7 @@ def test_ids_are_those_of_open_clips_tokenizer(caption, context_length):
 
 
 @given(captions_with_spans())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_the_tokens_of_a_mapped_sentence_hold_it_and_start_and_end_with_it(drawn):
     caption, spans = drawn
     encoded = ENCODER.encode(caption, spans, WHOLE)
@@ -179,7 +179,7 @@ def test_the_tokens_of_a_mapped_sentence_hold_it_and_start_and_end_with_it(drawn
 
 
 @given(st.lists(st.sampled_from(PLAIN), max_size=25).map("".join))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_every_sentence_of_a_caption_without_entities_combining_marks_or_mojibake_is_mapped(caption):
     assume(ftfy.fix_encoding(caption) == caption)
     spans = split_sentences(caption)
@@ -253,7 +253,7 @@ def test_a_span_without_text_has_no_tokens():
 
 
 @given(CAPTIONS.map("".join))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_canonicalising_tokenizers_are_mapped_too(caption):
     spans = split_sentences(caption)
     ids, spans_tokens = CANONICAL_ENCODER.encode(caption, spans, WHOLE)
@@ -328,7 +328,7 @@ def hf_tokenizer(request, tmp_path_factory):
 
 
 @given(CAPTIONS.map("".join), st.integers(3, 60))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_ids_are_those_of_hugging_face_tokenizers(hf_tokenizer, caption, context_length):
     encoder = CaptionEncoder(hf_tokenizer)
     theirs = hf_tokenizer([caption], context_length)[0].numpy()

@@ -68,7 +68,7 @@ CORNER = st.one_of(st.integers(-8, 32).map(lambda quarters: quarters / 4), st.fl
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 @given(boxes=st.lists(st.tuples(CORNER, CORNER, CORNER, CORNER), max_size=6), mode=st.sampled_from(MODES))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_boxes_pool_as_defined(backend, boxes, mode):
     case = with_boxes(random_case(1, samples=1), *boxes)
     expected, actual = (tsl_loss(**case, mode=mode, backend=each) for each in ("reference", backend))

@@ -42,7 +42,7 @@ def area_share(box, size):
     return (box[2] - box[0]) * (box[3] - box[1]) / (size[0] * size[1])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=seeds, objects=st.integers(1, 9), size=st.sampled_from([32, 65, 128]), crops=st.sampled_from([0, 1]))
 def test_boxes_lie_inside_the_image_and_between_1_and_80_percent_of_it(seed, objects, size, crops):
     image, _, truth = drawn(seed, SceneSettings(size=size, min_objects=objects, max_objects=objects, crops=crops))
@@ -58,7 +58,7 @@ def test_boxes_lie_inside_the_image_and_between_1_and_80_percent_of_it(seed, obj
         assert 0.01 <= area_share(thing["box"], truth["size"]) <= largest
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=seeds)
 def test_boxes_are_tight_around_the_drawn_masks(seed):
     rng = np.random.default_rng(seed)
@@ -88,7 +88,7 @@ def test_an_object_changes_pixels_up_to_every_side_of_its_box():
     assert found == pytest.approx(boxes[0], abs=1.5 * max(1, scene.zoom))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=seeds, objects=st.integers(2, 9))
 def test_objects_hardly_overlap_and_any_two_can_be_told_apart(seed, objects):
     _, _, truth = drawn(seed, SceneSettings(min_objects=objects, max_objects=objects))
@@ -98,7 +98,7 @@ def test_objects_hardly_overlap_and_any_two_can_be_told_apart(seed, objects):
         assert sum(a[key] == b[key] for key in ("shape", "colour", "pattern")) <= 1
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=seeds)
 def test_size_and_place_words_are_true_of_the_box(seed):
     _, _, truth = drawn(seed, FULL)
@@ -110,7 +110,7 @@ def test_size_and_place_words_are_true_of_the_box(seed):
         assert min(SIDES, key=lambda name: abs(np.mean(SIDES[name]) - side)) == thing["size"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=seeds, short=st.booleans())
 def test_sentence_spans_cut_the_caption_into_its_sentences(seed, short):
     _, caption, truth = drawn(seed, SceneSettings(short=short))
@@ -122,7 +122,7 @@ def test_sentence_spans_cut_the_caption_into_its_sentences(seed, short):
     assert (0 if short else 1) <= about.count(None) <= (0 if short else 3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=seeds, short=st.booleans())
 def test_a_sentence_says_nothing_untrue_of_its_object_and_a_short_one_no_size(seed, short):
     _, caption, truth = drawn(seed, SceneSettings(short=short))
@@ -175,7 +175,7 @@ def test_every_word_of_the_vocabulary_turns_up_and_hardly_any_scene_repeats():
     assert len(set(looks)) == len(looks)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=seeds, family=st.integers(2, 5))
 def test_look_alikes_share_all_but_the_patterns_of_their_objects(seed, family):
     truths = [drawn(seed, SceneSettings(size=32, family=family), index)[2] for index in range(family + 1)]
