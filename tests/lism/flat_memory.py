@@ -5,8 +5,6 @@ import sys
 from collections.abc import Iterator
 
 import psutil
-import ray
-from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
 from goal_ray.config import load_config
 from goal_ray.lism import pipeline, run
@@ -26,6 +24,10 @@ def private_bytes(process: psutil.Process) -> int:
 
 def main(source: str, target: str, clip: str) -> None:
     """Runs LISM and looks at the memory whenever a group comes back."""
+    # Here, since the tests import this file, and a Ray that is imported too early binds to more than loopback.
+    import ray
+    from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+
     overrides = ["proposer.name=grid", "device=cpu", f"matcher.model.name={clip}", "images_per_batch=1"]
     seen, stream_groups = [], run.stream_groups
 
