@@ -78,6 +78,8 @@ def main(source: str, target: str, clip: str, seed: int) -> None:
                 kill, victim = pending.pop()
                 if kill(victim):
                     happened.append(str(victim) if kill is kill_worker else "node")
+                else:  # just now there is none
+                    pending.insert(0, (kill, victim))
             yield group
 
     pipeline.ProposeRegions, run.stream_groups = DeadlyProposer, disturbed
