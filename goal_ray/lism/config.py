@@ -72,7 +72,7 @@ class LismConfig:
     max_area: float = 0.80
     max_side_px: int = 2048
     max_pixels: int = 150_000_000
-    max_seconds_per_image: float = 60.0
+    max_seconds_per_image: float = 300.0
     images_per_batch: int = 16
     readers: int | None = None
     proposer_actors: tuple[int, int] = (1, 1)

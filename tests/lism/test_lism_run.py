@@ -199,11 +199,12 @@ def test_the_metrics_of_a_run_can_be_scraped_from_the_node_and_are_its_numbers(m
     found = scraped(mixed.target, lambda found: found.get((f"{prefix}shards_done_total",)) == len(MIXED))
     bad = Counter(stage for _, reasons in MIXED.values() for stage, _ in reasons.values())
     busy = {phase: work["seconds"] for phase, work in summary["work"].items()}
+    # Ray forgets a gauge that is not set again.
+    assert found.pop((f"{prefix}images_per_second",), 0) == 0
     assert found == {
         (f"{prefix}images_total",): summary["samples"],
         (f"{prefix}pairs_total",): summary["pairs"],
         (f"{prefix}shards_done_total",): len(MIXED),
-        (f"{prefix}images_per_second",): 0,
         **{(f"{prefix}quarantined_total", stage): count for stage, count in bad.items()},
         **{(f"{prefix}busy_seconds_total", phase): pytest.approx(value, abs=0.01) for phase, value in busy.items()},
     }
