@@ -22,7 +22,7 @@ from goal_ray.regions.detector import DETECTORS
 from goal_ray.tars import expand_shards, stream_samples
 
 DESCRIPTION = """Train a torchvision detector from nothing to find the objects of drawn scenes: one class, and the
-background. Weights go to OUT, for proposer.checkpoint with proposer.classes=2. About 10 minutes on 2 cores."""
+background. Weights go to OUT, for proposer.checkpoint with proposer.classes=2. About 5 minutes on 2 cores."""
 BATCH, PEAK_LR, MAX_GRAD_NORM = 8, 1e-3, 10.0
 
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default="fasterrcnn_mobilenet_v3_large_320_fpn",
         help="one of torchvision's detectors (default: %(default)s)",
     )
-    command.add_argument("--steps", metavar="N", type=int, default=100, help="of 8 scenes each (default: %(default)s)")
+    command.add_argument("--steps", metavar="N", type=int, default=50, help="of 8 scenes each (default: %(default)s)")
     command.add_argument("--device", metavar="D", help="cpu or cuda (default: cuda where there is one)")
     options = command.parse_args(arguments)
     model = train_detector(options.scenes, options.model, options.steps, usable_device(options.device))
