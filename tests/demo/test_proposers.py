@@ -2,13 +2,10 @@
 
 import json
 
-import numpy as np
 import pytest
 
 from goal_ray.demo.accuracy import lism_accuracy
-from goal_ray.demo.detector import main as train
 from goal_ray.demo.proposers import main
-from goal_ray.regions import DetectorConfig
 from goal_ray.scenes.run import SceneSettings, draw_scenes
 
 
@@ -28,12 +25,3 @@ def test_every_proposer_gets_a_row_with_its_accuracy_and_its_speed(tiny_clip, tm
     printed = capsys.readouterr().out
     assert f"{100 * rows[1]['object_recall']:.1f} %" in printed
     assert "name=grid levels=[2,3]" in printed
-
-
-def test_a_detector_trained_on_scenes_is_a_proposer(tmp_path):
-    draw_scenes(tmp_path / "scenes", 3, 0, SceneSettings(size=64))
-    name = "ssdlite320_mobilenet_v3_large"
-    train([str(tmp_path / "scenes"), str(tmp_path / "det.pth"), "--model", name, "--steps", "2", "--device", "cpu"])
-    config = DetectorConfig(model=name, checkpoint=tmp_path / "det.pth", classes=2, score_thresh=0.0, levels=())
-    (regions,) = config.build().propose([np.zeros((64, 70, 3), np.uint8)])
-    assert len(regions.scores) > 0
