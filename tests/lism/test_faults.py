@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,11 +65,11 @@ def is_whole(path: Path) -> bool:
 
 @contextmanager
 def watched(folder: Path) -> Iterator[list[str]]:
-    """Looks at every visible tar of a folder without pause while the block runs; collects those that are not whole."""
+    """Looks at every visible tar of a folder while the block runs, again and again; collects those not whole."""
     torn, over = [], threading.Event()
 
     def look() -> None:
-        while not over.wait(0.02):
+        while not over.wait(0.1):
             torn.extend(path.name for path in folder.glob("*.tar") if not is_whole(path))
 
     watcher = threading.Thread(target=look)
@@ -128,6 +129,7 @@ def kill_driver(driver: subprocess.Popen, target: str, tars: int) -> list[psutil
     """
     while sum(name.endswith(".tar") for name in list_names(target)) < tars:
         assert driver.poll() is None, driver.communicate()
+        time.sleep(0.2)  # the storage may be served by this very process
     mine = psutil.Process(driver.pid).children(recursive=True)
     agents = [process for process in mine if "Agent" in process.name()]
     driver.kill()
