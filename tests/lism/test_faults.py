@@ -129,7 +129,7 @@ def kill_driver(driver: subprocess.Popen, target: str, tars: int) -> list[psutil
     """
     while sum(name.endswith(".tar") for name in list_names(target)) < tars:
         assert driver.poll() is None, driver.communicate()
-        time.sleep(0.2)  # the storage may be served by this very process
+        time.sleep(0.02)  # the storage may be served by this very process
     mine = psutil.Process(driver.pid).children(recursive=True)
     agents = [process for process in mine if "Agent" in process.name()]
     driver.kill()
