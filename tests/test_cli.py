@@ -9,26 +9,9 @@ from pathlib import Path
 import pytest
 
 import goal_ray
-from goal_ray.__main__ import STAGES, main
+from goal_ray.__main__ import STAGES
 from goal_ray.cli import run_main
 from goal_ray.scenes.run import SceneSettings, draw_scenes
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Runs `goal-ray ARGUMENTS` in this process; returns (exit status, stdout, stderr)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["goal-ray", *arguments])
-        status = 0
-        try:
-            main()
-        except SystemExit as end:
-            status = end.code
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return run
 
 
 @pytest.fixture

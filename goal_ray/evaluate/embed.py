@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fsspec.core import url_to_fs
 from PIL import Image
 from tqdm import tqdm
 
@@ -20,6 +19,7 @@ from goal_ray.geometry import PixelGeometry, ResizeConfig, crop_box
 from goal_ray.images import decode_image
 from goal_ray.model import LoadedModel, encode_image, encode_text
 from goal_ray.pairs import PairRecord, best_pairs
+from goal_ray.storage import file_system
 from goal_ray.tars import PAIRS_EXTENSION, Sample, stream_samples
 from goal_ray.text import CaptionEncoder, pad_batch
 
@@ -178,7 +178,7 @@ def read_samples(shards: list[str], bar: tqdm, skipped: list[dict[str, str]]) ->
 
 def size_bytes(shards: list[str]) -> int | None:
     """Size of all shards, for an estimate of the time left; None where a store does not tell."""
-    sizes = [fs.size(path) for fs, path in map(url_to_fs, shards)]
+    sizes = [fs.size(path) for fs, path in map(file_system, shards)]
     return None if None in sizes else sum(sizes)
 
 

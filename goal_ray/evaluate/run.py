@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fsspec.core import url_to_fs
 
 from goal_ray.errors import ConfigError, ModelError, StageError
 from goal_ray.evaluate.embed import describe_skip, embed_shards
 from goal_ray.model import ModelConfig, load_model, usable_device
 from goal_ray.retrieval import retrieval_metrics
-from goal_ray.storage import write_bytes
+from goal_ray.storage import file_system, write_bytes
 from goal_ray.tars import expand_shards
 from goal_ray.train.checkpoint import resolve_checkpoint
 
@@ -116,7 +115,7 @@ def result_place(checkpoint: str, shards: str, out: str | None) -> str | None:
 
 def claim_place(place: str) -> None:
     """Refuses a place where no file can be written before the work is done, not after it. Raises ConfigError."""
-    fs, path = url_to_fs(place)
+    fs, path = file_system(place)
     try:
         if fs.isdir(path):
             raise IsADirectoryError("it is a folder")

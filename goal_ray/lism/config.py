@@ -18,8 +18,8 @@ class MatcherConfig:
     crop_mode: how crops become the model's square
     batch: crops, or sentences, per forward pass
     precision: of the forward passes; similarities are computed in fp32
-    regions_per_sentence: the most similar regions that each sentence is paired with (the paper: 1); a training step
-        uses the best of them that is left
+    regions_per_sentence: the most similar regions that each sentence is paired with (the paper: 1); training uses
+        the best of them
     min_similarity: pairs below this cosine are left out, and a sentence may stay without a region
     mutual_best: keep a pair only where, of the caption's sentences, its own is the most similar to the region
     """

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import IO
 
-from fsspec.core import url_to_fs
 from tqdm import tqdm
 
 from goal_ray.errors import ConfigError, StageError
@@ -25,7 +24,7 @@ from goal_ray.shards.outcomes import Outcome, Place, read_outcomes
 from goal_ray.shards.output import claim_folder, refuse_overlap, shards_called, tar_name
 from goal_ray.shards.sources.candidate import Candidate, Unusable
 from goal_ray.shards.sources.detect import SourceSettings, open_source
-from goal_ray.storage import exists, join, open_atomic, open_read, read_bytes, write_bytes
+from goal_ray.storage import exists, file_system, join, open_atomic, open_read, read_bytes, write_bytes
 from goal_ray.tars import end_mark, shard_name, stored_bytes, write_samples
 
 SETTINGS_FILE = "make.json"
@@ -153,7 +152,7 @@ def make_shards(settings: SourceSettings, out: str, name: str | None, size: Shar
 
 def file_bytes(url: str) -> int | None:
     """The size of a file; None for a folder."""
-    fs, path = url_to_fs(url)
+    fs, path = file_system(url)
     info = fs.info(path)
     return None if info["type"] == "directory" else int(info["size"])
 

@@ -2,30 +2,11 @@
 
 import json
 import re
-import sys
 
 import pytest
 from shard_inputs import good, picture, put, samples_in, write_members
 
-from goal_ray.__main__ import main
 from goal_ray.shards.__main__ import COMMANDS
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Runs `goal-ray shards ARGUMENTS` in this process; returns (exit status, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["goal-ray", "shards", *map(str, arguments)])
-        status = 0
-        try:
-            main()
-        except SystemExit as end:
-            status = end.code
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return run
 
 
 @pytest.fixture
@@ -37,14 +18,14 @@ def shards(tmp_path):
 
 
 def test_the_help_lists_the_commands(call):
-    status, printed, _ = call("--help")
+    status, printed, _ = call("shards", "--help")
     assert status == 0
     assert all(f"  {name}" in printed and text in printed for name, text in COMMANDS.items())
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_a_help_with_an_example_and_every_argument_explained(call, command):
-    status, printed, complaints = call(command, "--help")
+    status, printed, complaints = call("shards", command, "--help")
     assert (status, complaints) == (0, "")
     assert printed.startswith(f"usage: goal-ray shards {command} ")
     assert f"\nexample:\n  goal-ray shards {command} " in printed
@@ -57,7 +38,7 @@ def test_every_command_has_a_help_with_an_example_and_every_argument_explained(c
 
 def test_make_says_what_became_of_the_source(call, tmp_path):
     source = put(tmp_path / "in", {"a.png": picture(), "a.txt": "x", "b.png": picture(), "c.txt": "x", "d.txt": "x"})
-    status, printed, _ = call("make", source, tmp_path / "out" / "train")
+    status, printed, _ = call("shards", "make", source, tmp_path / "out" / "train")
     assert (status, printed.splitlines()) == (
         0,
         [
@@ -68,13 +49,13 @@ def test_make_says_what_became_of_the_source(call, tmp_path):
         ],
     )
     assert (tmp_path / "out" / "train" / "train-000000.tar").exists()
-    assert call("make", source, tmp_path / "out" / "train")[:2] == (0, printed)
+    assert call("shards", "make", source, tmp_path / "out" / "train")[:2] == (0, printed)
 
 
 def test_validate_ends_with_0_for_clean_shards_and_1_for_others(call, shards, tmp_path):
-    assert call("validate", shards, "--workers", 1) == (0, "6 samples in 2 tars: clean\n", "")
+    assert call("shards", "validate", shards, "--workers", 1) == (0, "6 samples in 2 tars: clean\n", "")
     write_members(shards / "c.tar", [("k.png", picture()), *good("a0")])
-    status, printed, _ = call("validate", shards, "--workers", 1, "--json", tmp_path / "bad.jsonl")
+    status, printed, _ = call("shards", "validate", shards, "--workers", 1, "--json", tmp_path / "bad.jsonl")
     assert status == 1
     lines = printed.splitlines()
     assert lines[0].startswith(f"{shards}/c.tar: k: ")
@@ -85,15 +66,17 @@ def test_validate_ends_with_0_for_clean_shards_and_1_for_others(call, shards, tm
 
 
 def test_inspect_prints_a_table_or_json(call, shards):
-    status, printed, _ = call("inspect", shards, "--workers", 1)
+    status, printed, _ = call("shards", "inspect", shards, "--workers", 1)
     assert (status, printed.split()[:2]) == (0, ["shard", "samples"])
-    _, printed, _ = call("inspect", shards, "--workers", 1, "--json")
+    _, printed, _ = call("shards", "inspect", shards, "--workers", 1, "--json")
     assert json.loads(printed)["total"]["samples"] == 6
 
 
 def test_reshard_says_what_came_out(call, shards, tmp_path):
     before = samples_in(shards)
-    result = call("reshard", shards, tmp_path / "out", "--shards", 4, "--workers", 1, "--shuffle", 0, "--name", "x")
+    result = call(
+        "shards", "reshard", shards, tmp_path / "out", "--shards", 4, "--workers", 1, "--shuffle", 0, "--name", "x"
+    )
     assert result[:2] == (0, f"6 samples in 4 tars of 1 to 2 under {tmp_path}/out\n")
     assert samples_in(tmp_path / "out").keys() == before.keys()
     assert sorted(path.name for path in (tmp_path / "out").glob("*.tar"))[0] == "x-000000.tar"
@@ -115,7 +98,9 @@ def test_reshard_says_what_came_out(call, shards, tmp_path):
 )
 def test_a_users_error_is_one_line_on_stderr_and_status_2(call, shards, tmp_path, arguments, words):
     put(tmp_path, {"list.csv": "where,what\na,b\n"})
-    status, printed, complaint = call(*(argument.format(tmp=tmp_path, shards=shards) for argument in arguments))
+    status, printed, complaint = call(
+        "shards", *(argument.format(tmp=tmp_path, shards=shards) for argument in arguments)
+    )
     assert (status, printed) == (2, "")
     assert complaint.startswith("error: ")
     assert complaint.count("\n") == 1
@@ -126,6 +111,6 @@ def test_a_users_error_is_one_line_on_stderr_and_status_2(call, shards, tmp_path
     "arguments", [[], ["mend"], ["make"], ["reshard", "a"], ["inspect"], ["make", "a", "b", "--from", "x"]]
 )
 def test_a_wrong_call_shows_the_usage(call, arguments):
-    status, printed, complaint = call(*arguments)
+    status, printed, complaint = call("shards", *arguments)
     assert (status, printed) == (2, "")
     assert complaint.startswith("usage: goal-ray shards")

@@ -4,15 +4,13 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from fsspec.core import url_to_fs
-
 from goal_ray.errors import StageError
 from goal_ray.shards.sources.candidate import Source
 from goal_ray.shards.sources.coco import CocoSource
 from goal_ray.shards.sources.folder import PICTURE_SUFFIXES, FolderSource, list_folder
 from goal_ray.shards.sources.img2dataset import FilesSource, TarSource
 from goal_ray.shards.sources.lists import LIST_SUFFIXES, ListSource
-from goal_ray.storage import join
+from goal_ray.storage import file_system, join
 from goal_ray.tars import expand_files, expand_shards
 
 KINDS = ("folder", "coco", "list", "img2dataset")
@@ -56,7 +54,7 @@ def open_source(settings: SourceSettings) -> tuple[str, Source]:
         if unknown:
             raise StageError(f"{unknown[0]}: not a list; a list's name ends in {', '.join(LIST_SUFFIXES)}")
         return kind, ListSource(lists, settings.images, columns, settings.captions, settings.quotes)
-    fs, path = url_to_fs(place)
+    fs, path = file_system(place)
     if kind == "img2dataset":
         files, folders = list_folder(fs, path) if fs.isdir(path) else ([], [])
         if any(f"{name}.parquet" in files for name in folders):
@@ -77,7 +75,7 @@ def tell_kind(place: str) -> str:
         return "coco"
     if name.endswith(".tar"):
         return "img2dataset"
-    fs, path = url_to_fs(place)
+    fs, path = file_system(place)
     if not fs.isdir(path):
         raise StageError(f"{place}: no folder, and not named as a list, a COCO file or a tar; or say --from")
     files, folders = list_folder(fs, path)

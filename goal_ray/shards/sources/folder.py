@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from functools import partial
 
 from fsspec import AbstractFileSystem
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from goal_ray.shards.sources.candidate import Candidate, Found, Unusable, read_file, stem_and_suffix, tar_key
+from goal_ray.storage import file_system
 
 PICTURE_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "heic", "heif", "avif")
 
@@ -25,7 +25,7 @@ class FolderSource:
 
     def candidates(self, part: str) -> Iterator[Candidate]:
         """The pictures in order: a folder's own first, then those of the folders in it, by name."""
-        fs, root = url_to_fs(part)
+        fs, root = file_system(part)
         return walk(fs, root.rstrip("/"), "", (real_path(fs, root),))
 
 

@@ -7,13 +7,11 @@ import json
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from fsspec.core import url_to_fs
-
 from goal_ray.errors import ShardError, StageError
 from goal_ray.shards.sources.candidate import Candidate, Found, Kind, Unusable
 from goal_ray.shards.sources.folder import beside_each_other, list_folder
 from goal_ray.shards.sources.lists import rows
-from goal_ray.storage import exists
+from goal_ray.storage import exists, file_system
 from goal_ray.tars import CAPTION_EXTENSION, Sample, image_extension, stream_samples
 
 FAILED: Kind = "failed download"
@@ -53,7 +51,7 @@ class FilesSource:
 
     def candidates(self, part: str) -> Iterator[Candidate]:
         """The pictures of a folder, and what its table says failed."""
-        fs, path = url_to_fs(part)
+        fs, path = file_system(part)
         name = part.rsplit("/", 1)[-1]
         keys = set()
         for found in beside_each_other(fs, path, "", list_folder(fs, path)[0]):

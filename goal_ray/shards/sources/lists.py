@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.core import url_to_fs
 
 from goal_ray.errors import StageError
 from goal_ray.shards.sources.candidate import (
@@ -24,7 +23,7 @@ from goal_ray.shards.sources.candidate import (
     stem_and_suffix,
     tar_key,
 )
-from goal_ray.storage import open_read
+from goal_ray.storage import file_system, open_read
 
 JSON_SUFFIXES = (".jsonl", ".jsonlines", ".ndjson")
 LIST_SUFFIXES = (".csv", ".tsv", *JSON_SUFFIXES, ".parquet")
@@ -121,7 +120,7 @@ def read_listed(folder: str, path: str) -> bytes:
         raise Unusable("no picture", "the row names no picture")
     try:
         relative = "://" not in path and not path.startswith("/")
-        fs, place = url_to_fs(folder if relative else path)
+        fs, place = file_system(folder if relative else path)
     except ValueError as error:
         raise Unusable("unreadable", f"the picture {path!r} cannot be read: {error}") from None
     return read_file(fs, f"{place.rstrip('/')}/{path}" if relative else place, "picture")
