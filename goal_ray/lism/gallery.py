@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from goal_ray.errors import ShardError
+from goal_ray.lism.groups import describe, printable
 from goal_ray.lism.output import OutputFolder
 from goal_ray.lism.picks import ORDERS, Pick
-from goal_ray.lism.pipeline import describe, printable
 from goal_ray.pages.pictures import Picture, draw_picture
 from goal_ray.pages.render import render_page
 from goal_ray.storage import join, write_bytes

@@ -16,11 +16,13 @@ from goal_ray.config import to_tree, to_yaml
 from goal_ray.errors import StageError
 from goal_ray.lism.config import LismConfig
 from goal_ray.lism.gallery import draw_gallery
+from goal_ray.lism.groups import Item, printable
 from goal_ray.lism.metrics import Metrics
 from goal_ray.lism.output import OutputFolder, ShardCounts, describe_bad, summary
 from goal_ray.lism.picks import Pick, Picks
-from goal_ray.lism.pipeline import Item, Selection, WorkerLost, printable, stream_groups
+from goal_ray.lism.pipeline import WorkerLost, stream_groups
 from goal_ray.lism.progress import Progress
+from goal_ray.lism.reading import Selection
 from goal_ray.lism.work import Work
 from goal_ray.ray_session import ray_session
 from goal_ray.storage import exists, join, read_bytes, resolved, sizes_bytes, write_bytes

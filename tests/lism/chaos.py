@@ -17,6 +17,7 @@ import psutil
 from goal_ray.config import load_config
 from goal_ray.lism import pipeline, run
 from goal_ray.lism.config import LismConfig
+from goal_ray.lism.groups import Group, Item
 
 DEADLY = (1, 2, 3)
 GROUP = 4
@@ -25,7 +26,7 @@ GROUP = 4
 class DeadlyProposer(pipeline.ProposeRegions):
     """The grid, at the speed of a real proposer, so that deaths strike while there is work."""
 
-    def __call__(self, items: list[pipeline.Item]) -> list[pipeline.Item]:
+    def __call__(self, items: list[Item]) -> list[Item]:
         time.sleep(0.1)
         if any(tuple(item.picture_HW3[0, 0]) == DEADLY for item in items):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -72,7 +73,7 @@ def main(source: str, target: str, clip: str, seed: int) -> None:
     ]
     chance.shuffle(pending)
 
-    def disturbed(*args: object) -> Iterator[pipeline.Group]:
+    def disturbed(*args: object) -> Iterator[Group]:
         for group in stream_groups(*args):
             if pending and chance.random() < 0.5:
                 kill, victim = pending.pop()

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import psutil
 
 from goal_ray.config import load_config
-from goal_ray.lism import pipeline, run
+from goal_ray.lism import run
 from goal_ray.lism.config import LismConfig
+from goal_ray.lism.groups import Group
 
 STORE_BYTES = 80 * 2**20
 
@@ -31,7 +32,7 @@ def main(source: str, target: str, clip: str) -> None:
     overrides = ["proposer.name=grid", "device=cpu", f"matcher.model.name={clip}", "images_per_batch=1"]
     seen, stream_groups = [], run.stream_groups
 
-    def observed(*args: object) -> Iterator[pipeline.Group]:
+    def observed(*args: object) -> Iterator[Group]:
         for group in stream_groups(*args):
             workers = psutil.Process().children(recursive=True)
             seen.append((private_bytes(psutil.Process()), max(map(private_bytes, workers))))

@@ -9,8 +9,8 @@ from html_page import read_page, section
 from odd_tars import picture, write_members
 
 from goal_ray.lism.gallery import TITLES, draw_gallery
+from goal_ray.lism.groups import Item, Problem
 from goal_ray.lism.output import OutputFolder, summary
-from goal_ray.lism.pipeline import Item, Problem
 from goal_ray.lism.run import finish_shard
 from goal_ray.pairs import Pair, PairRecord, Region
 from goal_ray.storage import size_bytes

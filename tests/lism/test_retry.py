@@ -13,7 +13,7 @@ from goal_ray.errors import ShardError
 from goal_ray.lism.__main__ import main
 from goal_ray.lism.config import LismConfig
 from goal_ray.lism.output import OutputFolder, ShardCounts
-from goal_ray.lism.pipeline import ALL, Selection, read_groups, read_items
+from goal_ray.lism.reading import ALL, Selection, read_groups, read_items
 from goal_ray.lism.run import quarantined_again
 from goal_ray.lism.strikes import ReadingWatch, Strikes
 from goal_ray.storage import size_bytes

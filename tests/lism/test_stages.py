@@ -8,9 +8,11 @@ from torch import save
 
 from goal_ray.config import load_config
 from goal_ray.errors import ModelError
-from goal_ray.lism import pipeline
+from goal_ray.lism import reading
 from goal_ray.lism.config import LismConfig
-from goal_ray.lism.pipeline import Group, MatchSentences, ProposeRegions, StageWorker, measure_reading, read_groups
+from goal_ray.lism.groups import Group
+from goal_ray.lism.reading import measure_reading, read_groups
+from goal_ray.lism.stages import MatchSentences, ProposeRegions, StageWorker
 from goal_ray.lism.strikes import Strikes
 from goal_ray.pairs import PairRecord
 from goal_ray.regions import Regions
@@ -41,7 +43,7 @@ def test_groups_are_consecutive_samples_and_the_last_knows_how_many(seven):
 
 
 def test_large_pictures_make_smaller_groups(seven, monkeypatch):
-    monkeypatch.setattr(pipeline, "GROUP_BYTES", 40 * 30 * 3 + 1)
+    monkeypatch.setattr(reading, "GROUP_BYTES", 40 * 30 * 3 + 1)
     groups = read_groups(0, str(seven), settings(), Strikes())
     assert [len(group.items) for group in groups] == [2, 2, 2, 1]
 
@@ -119,7 +121,7 @@ def test_every_stage_adds_its_work_to_the_group_and_waiting_for_the_next_stage_i
     write_members(tmp_path / "a.tar", [*good("a"), *bad_members(), *good("b")])
     clock = [0.0]
     monkeypatch.setattr("goal_ray.timing.time.perf_counter", lambda: clock[0])
-    monkeypatch.setattr(pipeline, "decode", lambda item, *_: clock.__setitem__(0, clock[0] + 1) or item)
+    monkeypatch.setattr(reading, "decode", lambda item, *_: clock.__setitem__(0, clock[0] + 1) or item)
     seconds, images = [], []
     for group in measure_reading(read_groups(0, str(tmp_path / "a.tar"), settings("images_per_batch=6"), Strikes())):
         clock[0] += 100

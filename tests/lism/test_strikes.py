@@ -8,9 +8,11 @@ import pytest
 from odd_tars import good, write_members
 
 from goal_ray.config import load_config
-from goal_ray.lism import pipeline
+from goal_ray.lism import reading
 from goal_ray.lism.config import LismConfig
-from goal_ray.lism.pipeline import Group, Item, StageWorker, read_groups
+from goal_ray.lism.groups import Group, Item
+from goal_ray.lism.reading import read_groups
+from goal_ray.lism.stages import StageWorker
 from goal_ray.lism.strikes import Strikes
 from goal_ray.lism.time_limit import TimeLimitError, run_within
 
@@ -105,13 +107,13 @@ def test_a_worker_that_dies_while_it_reads_leaves_just_that_chunk_begun(seven):
 
 
 def test_a_picture_that_takes_too_long_is_left_out_alone(seven, monkeypatch):
-    def decode_forever(data, max_pixels, decode=pipeline.decode_image, met=[]):  # noqa: B006
+    def decode_forever(data, max_pixels, decode=reading.decode_image, met=[]):  # noqa: B006
         met.append(data)
         while len(met) == 3:
             pass
         return decode(data, max_pixels)
 
-    monkeypatch.setattr(pipeline, "decode_image", decode_forever)
+    monkeypatch.setattr(reading, "decode_image", decode_forever)
     found = problems(seven, Strikes(), replace(CONFIG, max_seconds_per_image=0.2))
     assert found == {2: "it took longer than 0.2 s; raise max_seconds_per_image if it may"}
 

@@ -1,0 +1,161 @@
+"""What actors do with groups: propose regions, match sentences; and finding the sample that breaks them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from goal_ray.lism.config import LismConfig
+from goal_ray.lism.groups import Group, Item, describe
+from goal_ray.lism.matching import Matcher, MatchTask
+from goal_ray.lism.strikes import GROUP_DEATHS, START_DEATHS, AnyStrikes, fatal
+from goal_ray.lism.time_limit import run_within
+from goal_ray.lism.work import Work
+from goal_ray.pairs import Pair, PairRecord, Region
+from goal_ray.regions import usable
+from goal_ray.timing import measure
+
+Stage = Callable[[list[Item]], list[Item]]
+
+
+class StageActor:
+    """Actor: applies one or more stages, made where it lives, to the groups that reach it."""
+
+    def __init__(self, *stages: "Callable[[], StageWorker]"):
+        self.stages = [make() for make in stages]
+
+    def __call__(self, row: dict[str, bytes]) -> dict[str, bytes]:
+        group = Group.from_row(row)
+        for stage in self.stages:
+            group = stage(group)
+        return group.to_row()
+
+
+class StageWorker:
+    """Applies a stage to groups, inside an actor, and finds out which of their samples it cannot work on.
+
+    stage    its name in the quarantine
+    build    loads what it needs; where that fails the actor stands, and fails its groups (see `Group.failure`)
+    limit_s  seconds for each sample
+    strikes  knows which work was fatal to the worker before
+    """
+
+    def __init__(self, stage: str, build: Callable[[], Stage], limit_s: float, strikes: AnyStrikes):
+        self.stage = stage
+        self.limit_s = limit_s
+        self.strikes = strikes
+        self.failure = ""
+        start = f"start to {stage}", strikes.place
+        try:
+            if strikes.begin(*start) > START_DEATHS:
+                raise fatal()
+            self.work = build()
+        except Exception as error:
+            self.failure = f"cannot start to {stage}: {describe(error)}"
+        strikes.end(*start)
+
+    def __call__(self, group: Group) -> Group:
+        with measure(self.stage) as seconds:
+            failure = group.failure or self.failure
+            if failure:
+                return Group(group.shard, [], failure=failure)
+            good = [item for item in group.items if item.problem is None]
+            done = {item.number: item for item in (self.apply(group.shard, good) if good else [])}
+        items = [done.get(item.number, item) for item in group.items]
+        work = (*group.work, Work.done_here(self.stage, len(good), seconds))
+        return replace(group, items=items, work=work)
+
+    def apply(self, shard: int, items: list[Item]) -> list[Item]:
+        """The stage's work on all items; where that fails or was fatal, on one after the other, to find the culprit.
+
+        This is the one place that catches everything: a sample that breaks a model must not break the run.
+        """
+        work = self.stage, shard, items[0].number
+        fatal_before = self.strikes.begin(*work)
+        try:
+            if fatal_before >= GROUP_DEATHS:
+                return [self.apply_alone(shard, item) for item in items]
+            try:
+                return run_within(self.limit_s * len(items), partial(self.work, items))
+            except Exception:
+                return [self.apply_to_one(item) for item in items]
+        finally:
+            self.strikes.end(*work)
+
+    def apply_alone(self, shard: int, item: Item) -> Item:
+        """The stage's work on an item of a group that was fatal: registered, and left out where it is the culprit."""
+        work = f"{self.stage} alone", shard, item.number
+        fatal_before = self.strikes.begin(*work)
+        done = item.failed(self.stage, fatal()) if fatal_before else self.apply_to_one(item)
+        self.strikes.end(*work)
+        return done
+
+    def apply_to_one(self, item: Item) -> Item:
+        """The stage's work on one item."""
+        try:
+            return run_within(self.limit_s, partial(self.work, [item]))[0]
+        except Exception as error:
+            return item.failed(self.stage, error)
+
+
+class ProposeRegions:
+    """Stage: adds `regions`, filtered by area."""
+
+    def __init__(self, config: LismConfig, device: str):
+        self.limits = config.min_area, config.max_area
+        self.proposer = config.proposer.build(device)
+
+    def __call__(self, items: list[Item]) -> list[Item]:
+        pictures = [item.picture_HW3 for item in items if item.picture_HW3 is not None]
+        found = zip(items, pictures, self.proposer.propose(pictures), strict=True)
+        return [
+            replace(item, regions=usable(regions, (picture.shape[1], picture.shape[0]), *self.limits))
+            for item, picture, regions in found
+        ]
+
+
+class MatchSentences:
+    """Stage: replaces picture and regions by `record`; all crops and sentences go through the model together."""
+
+    def __init__(self, config: LismConfig, provenance: dict[str, Any], device: str):
+        self.provenance = provenance
+        self.matcher = Matcher(config.matcher, device)
+
+    def __call__(self, items: list[Item]) -> list[Item]:
+        matched = zip(items, self.matcher.match([as_task(item) for item in items]), strict=True)
+        return [
+            Item(item.number, item.key, item.size_bytes, record=self.record(item, pairs)) for item, pairs in matched
+        ]
+
+    def record(self, item: Item, pairs: list[Pair]) -> bytes:
+        """The pairs.json of an item, its boxes in pixels of the stored picture."""
+        assert item.picture_HW3 is not None
+        assert item.regions is not None
+        (width, height), (shown_height, shown_width) = item.size, item.picture_HW3.shape[:2]
+        scale = (width / shown_width, height / shown_height)
+        whole = Region((0.0, 0.0, float(width), float(height)), 1.0, "image")
+        found = (item.regions.boxes_px, item.regions.scores, item.regions.sources)
+        regions = [
+            Region(scale_box(box, scale, item.size), score, source)
+            for box, score, source in zip(*(array.tolist() for array in found), strict=True)
+        ]
+        return PairRecord(item.size, item.sentences, (whole, *regions), tuple(pairs), self.provenance).to_bytes()
+
+
+def as_task(item: Item) -> MatchTask:
+    """What the matcher sees of an item: the whole picture is the first of its candidates."""
+    assert item.picture_HW3 is not None
+    assert item.regions is not None
+    height, width = item.picture_HW3.shape[:2]
+    boxes_px_R4 = np.concatenate([np.array([[0, 0, width, height]], np.float32), item.regions.boxes_px])
+    return MatchTask(item.picture_HW3, boxes_px_R4, [item.caption[start:end] for start, end in item.sentences])
+
+
+def scale_box(
+    box: Sequence[float], scale: tuple[float, float], size: tuple[int, int]
+) -> tuple[float, float, float, float]:
+    """A box on the working picture, in pixels of the stored one."""
+    x0, y0, x1, y1 = box
+    return (x0 * scale[0], y0 * scale[1], min(x1 * scale[0], size[0]), min(y1 * scale[1], size[1]))
