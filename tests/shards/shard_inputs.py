@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from goal_ray.shards.make import Made, ShardSize, make_shards
+from goal_ray.shards.sources.detect import SourceSettings
 from goal_ray.tars import expand_shards, stream_samples
 
 CAPTION = "A red ball lies left. A blue box stands behind it."
@@ -64,3 +66,11 @@ def members_of(path: Path) -> list[tuple[str, bytes, float, str]]:
 def good(key: str, seed: int = 0) -> list[tuple[str, bytes]]:
     """The members of a sample without fault."""
     return [(f"{key}.png", picture(seed=seed)), (f"{key}.txt", CAPTION.encode())]
+
+
+PNG, JPEG, WEBP = picture("PNG"), picture("JPEG"), picture("WEBP")
+
+
+def make(source: Path, out: Path, **settings: object) -> tuple[Made, int]:
+    """Makes shards of default sizes; returns what became of the source, and how many tars there are."""
+    return make_shards(SourceSettings(str(source), **settings), str(out), None, ShardSize())

@@ -1,0 +1,56 @@
+"""`shards make` of COCO captions."""
+
+import json
+
+from shard_inputs import PNG, make, put, samples_in, skipped
+
+
+def coco(folder, images, annotations):
+    """Writes a COCO file with its pictures in `train/`."""
+    names = {
+        image["file_name"]: PNG for image in images if image.get("file_name") and "missing" not in image["file_name"]
+    }
+    tree = json.dumps({"info": {}, "images": images, "annotations": annotations})
+    return put(folder, {"captions.json": tree, **{f"train/{name}": data for name, data in names.items()}})
+
+
+def test_captions_of_one_coco_image_are_joined_into_one_long_caption(tmp_path):
+    folder = coco(
+        tmp_path / "coco",
+        [{"id": 7, "file_name": "b.jpg", "license": 3}, {"id": 3, "file_name": "a.jpg"}],
+        [
+            {"image_id": 3, "caption": "One only, as it is "},
+            {"image_id": 7, "caption": "A man rides "},
+            {"image_id": 7, "caption": "Two people."},
+            {"image_id": 7, "caption": ""},
+            {"image_id": 7, "caption": "A horse"},
+        ],
+    )
+    make(folder / "captions.json", tmp_path / "out", images=str(folder / "train"))
+    made = samples_in(tmp_path / "out")
+    assert [members["txt"] for members in made.values()] == [
+        b"A man rides. Two people. A horse.",
+        b"One only, as it is ",
+    ]
+    assert json.loads(made["b"]["json"]) == {
+        "id": 7,
+        "license": 3,
+        "captions": ["A man rides ", "Two people.", "", "A horse"],
+    }
+    make(folder / "captions.json", tmp_path / "first", images=str(folder / "train"), captions="first")
+    assert samples_in(tmp_path / "first")["b"]["txt"] == b"A man rides "
+
+
+def test_coco_images_without_captions_and_annotations_without_images_are_listed(tmp_path):
+    images = [
+        {"id": 1, "file_name": "a.jpg"},
+        {"id": 2, "file_name": "b.jpg"},
+        {"id": 3, "file_name": "missing.jpg"},
+        {"id": 4},
+    ]
+    annotations = [{"image_id": 1, "caption": "x"}, {"image_id": 3, "caption": "x"}, {"image_id": 99, "caption": "x"}]
+    folder = coco(tmp_path / "coco", images, annotations)
+    make(folder / "captions.json", tmp_path / "out", images=str(folder / "train"))
+    assert list(samples_in(tmp_path / "out")) == ["a"]
+    expected = [("b", "no caption"), ("missing", "unreadable"), ("", "bad row"), ("", "no picture")]
+    assert skipped(tmp_path / "out") == expected

@@ -1,0 +1,113 @@
+"""`shards make` of a folder of pictures with captions beside them."""
+
+import os
+
+from shard_inputs import CAPTION, JPEG, PNG, WEBP, make, put, samples_in, skipped
+
+
+def test_a_folder_of_pictures_with_captions_beside_them(tmp_path):
+    source = put(
+        tmp_path / "pictures",
+        {
+            "a.png": PNG,
+            "a.txt": CAPTION,
+            "deep/er.d/b.JPG": JPEG,
+            "deep/er.d/b.txt": "Ein Café.\n",
+            "deep/er.d/b.json": '{"from": "us"}',
+            "c.webp": WEBP,
+            "c.txt": CAPTION,
+        },
+    )
+    made, tars = make(source, tmp_path / "out")
+    assert (made.samples, tars, skipped(tmp_path / "out")) == (3, 1, [])
+    assert samples_in(tmp_path / "out") == {
+        "a": {"png": PNG, "txt": CAPTION.encode()},
+        "c": {"webp": WEBP, "txt": CAPTION.encode()},
+        "deep/er.d/b": {"jpg": JPEG, "txt": "Ein Café.\n".encode(), "json": b'{"from": "us"}'},
+    }
+
+
+def test_the_extension_says_what_the_picture_is_whatever_its_file_was_called(tmp_path):
+    source = put(
+        tmp_path / "in", {"a.jpg": PNG, "a.txt": "x", "b.png": JPEG, "b.txt": "x", "c.JPEG": WEBP, "c.txt": "x"}
+    )
+    make(source, tmp_path / "out")
+    assert [sorted(members) for members in samples_in(tmp_path / "out").values()] == [
+        ["png", "txt"],
+        ["jpg", "txt"],
+        ["txt", "webp"],
+    ]
+
+
+def test_dots_in_a_base_name_are_escaped_so_that_no_two_names_become_one_key(tmp_path):
+    names = ["IMG.1.5", "IMG_1_5", "IMG%2E1%2E5", "x.y/IMG"]
+    source = put(
+        tmp_path / "in", {f"{name}.{end}": PNG if end == "png" else "x" for name in names for end in ("png", "txt")}
+    )
+    make(source, tmp_path / "out")
+    assert set(samples_in(tmp_path / "out")) == {"IMG%2E1%2E5", "IMG_1_5", "IMG%252E1%252E5", "x.y/IMG"}
+    assert all(len(members) == 2 for members in samples_in(tmp_path / "out").values())
+
+
+def test_whatever_in_a_folder_is_no_sample_is_listed_with_its_reason(tmp_path):
+    source = put(
+        tmp_path / "in",
+        {
+            "good.png": PNG,
+            "good.txt": CAPTION,
+            "good.jpg": JPEG,
+            "no-caption.png": PNG,
+            "no-picture.txt": CAPTION,
+            "blank.png": PNG,
+            "blank.txt": " \n",
+            "latin.png": PNG,
+            "latin.txt": b"caf\xe9",
+            "gif.gif": b"GIF89a....",
+            "gif.txt": CAPTION,
+            "empty.jpg": b"",
+            "empty.txt": CAPTION,
+            "README.md": "hello",
+            ".DS_Store": "hidden things are ignored",
+        },
+    )
+    (source / "gone.png").symlink_to("nowhere.png")
+    put(source, {"gone.txt": CAPTION})
+    (source / "round.png").symlink_to("round.png")
+    put(source, {"round.txt": CAPTION})
+    (source / "sub").mkdir()
+    (source / "sub" / "loop").symlink_to(source)
+    made, _ = make(source, tmp_path / "out")
+    assert list(samples_in(tmp_path / "out")) == ["good"]
+    assert sorted(skipped(tmp_path / "out")) == [
+        ("README", "not a picture"),
+        ("blank", "bad caption"),
+        ("empty", "not a picture"),
+        ("gif", "not a picture"),
+        ("gone", "unreadable"),
+        ("good", "duplicate key"),
+        ("latin", "bad caption"),
+        ("no-caption", "no caption"),
+        ("no-picture", "no picture"),
+        ("round", "unreadable"),
+        ("sub/loop", "unreadable"),
+    ]
+    assert made.skipped.total() == 11
+
+
+def test_links_to_folders_are_followed(tmp_path):
+    put(tmp_path / "elsewhere", {"a.png": PNG, "a.txt": CAPTION})
+    source = put(tmp_path / "in", {"b.png": PNG, "b.txt": CAPTION})
+    (source / "linked").symlink_to(tmp_path / "elsewhere")
+    make(source, tmp_path / "out")
+    assert list(samples_in(tmp_path / "out")) == ["b", "linked/a"]
+
+
+def test_file_names_that_are_not_utf8_keep_their_bytes(tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    for end, data in ((b"png", PNG), (b"txt", b"x"), (b"gif", b"GIF")):
+        with open(os.fsencode(source) + b"/caf\xe9." + end, "wb") as file:
+            file.write(data)
+    make(source, tmp_path / "out")
+    assert list(samples_in(tmp_path / "out")) == ["caf\udce9"]
+    assert skipped(tmp_path / "out") == [("caf\udce9", "not a picture")]

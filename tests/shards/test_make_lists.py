@@ -1,0 +1,157 @@
+"""`shards make` of lists: CSV, TSV, JSONL, Parquet."""
+
+import csv
+import datetime
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from shard_inputs import CAPTION, JPEG, PNG, WEBP, make, put, samples_in, skipped
+
+from goal_ray.errors import GoalRayError
+
+ROWS = [
+    {"image": "p/a.png", "caption": 'A "quoted", long\ncaption.', "views": 3},
+    {"image": "p/b.jpg", "caption": "日本。", "views": 4},
+]
+
+
+def write_csv(path, rows, **dialect):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), **dialect)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+WRITERS = {
+    "csv": write_csv,
+    "tsv": lambda path, rows: write_csv(path, rows, delimiter="\t"),
+    "jsonl": lambda path, rows: path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n"),
+    "parquet": lambda path, rows: pq.write_table(pa.Table.from_pylist(rows), path),
+}
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_a_list_of_paths_and_captions(tmp_path, suffix):
+    put(tmp_path / "data", {"p/a.png": PNG, "p/b.jpg": JPEG})
+    WRITERS[suffix](tmp_path / "data" / f"list.{suffix}", ROWS)
+    make(tmp_path / "data" / f"list.{suffix}", tmp_path / "out")
+    made = samples_in(tmp_path / "out")
+    views = (lambda number: str(number)) if suffix in ("csv", "tsv") else int
+    assert {key: (set(members), members["txt"].decode()) for key, members in made.items()} == {
+        "p/a": ({"png", "txt", "json"}, ROWS[0]["caption"]),
+        "p/b": ({"jpg", "txt", "json"}, ROWS[1]["caption"]),
+    }
+    assert [json.loads(members["json"]) for members in made.values()] == [{"views": views(3)}, {"views": views(4)}]
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_columns_are_named_by_options_and_paths_start_from_images(tmp_path, suffix):
+    put(tmp_path / "photos", {"a.png": PNG})
+    rows = [
+        {"where": "a.png", "what": CAPTION, "text": "not this", "no": "n.1"},
+        {"where": str(tmp_path / "photos/a.png"), "what": CAPTION, "text": "", "no": "n2"},
+    ]
+    WRITERS[suffix](tmp_path / f"list.{suffix}", rows)
+    options = {
+        "images": str(tmp_path / "photos"),
+        "picture_column": "where",
+        "caption_column": "what",
+        "key_column": "no",
+    }
+    make(tmp_path / f"list.{suffix}", tmp_path / "out", **options)
+    made = samples_in(tmp_path / "out")
+    assert list(made) == ["n%2E1", "n2"]
+    assert {members["txt"] for members in made.values()} == {CAPTION.encode()}
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "words"),
+    [
+        ({"photo": "a.png", "caption": "x"}, {}, ["no known picture column", "--picture-column", "'photo', 'caption'"]),
+        ({"image": "a.png", "words": "x"}, {}, ["no known caption column", "--caption-column", "'image', 'words'"]),
+        ({"image": "a", "path": "b", "text": "x"}, {}, ["several", "image, path", "--picture-column"]),
+        ({"image": "a.png", "text": "x"}, {"caption_column": "txt"}, ["no column 'txt'", "'image', 'text'"]),
+        ({"image": "a.png", "text": "x"}, {"key_column": "id"}, ["no column 'id'", "--key-column"]),
+    ],
+)
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_a_column_that_is_not_there_is_refused_with_those_that_are(tmp_path, suffix, row, options, words):
+    WRITERS[suffix](tmp_path / f"list.{suffix}", [row])
+    with pytest.raises(GoalRayError) as refusal:
+        make(tmp_path / f"list.{suffix}", tmp_path / "out", **options)
+    assert all(word in str(refusal.value) for word in words)
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
+def test_rows_that_cannot_be_samples_are_listed_by_row(tmp_path):
+    lines = [
+        '{"image": "a.png", "caption": "good"}',
+        '{"image": "a.png", "caption": "again"}',
+        "{broken",
+        "[1]",
+        '{"image": "b.png", "caption": null}',
+        '{"image": null, "caption": "x"}',
+        '{"image": "none.png", "caption": "x"}',
+        '{"image": "nope://x.png", "caption": "x"}',
+        '{"image": "' + "n" * 300 + '.png", "caption": "x"}',
+        '{"image": "c.png", "caption": "\\ud800"}',
+        '{"image": "c\\u0000.png", "caption": "x"}',
+        '{"image": "d.png", "caption": ["One", "Two"]}',
+    ]
+    put(tmp_path, {"list.jsonl": "\n".join(lines), "a.png": PNG, "b.png": PNG, "c.png": PNG, "d.png": PNG})
+    make(tmp_path / "list.jsonl", tmp_path / "out")
+    assert {key: members["txt"] for key, members in samples_in(tmp_path / "out").items()} == {
+        "a": b"good",
+        "d": b"One. Two.",
+    }
+    assert [kind for _, kind in skipped(tmp_path / "out")] == [
+        "duplicate key",
+        "bad row",
+        "bad row",
+        "no caption",
+        "no picture",
+        "unreadable",
+        "unreadable",
+        "unreadable",
+        "bad caption",
+        "unreadable",
+    ]
+
+
+def test_a_byte_that_is_not_utf8_costs_one_row_of_a_list(tmp_path):
+    put(
+        tmp_path,
+        {
+            "list.csv": b"\xef\xbb\xbfimage,caption\na.png,caf\xe9\nb.png,fine\nc.png,too,many\n",
+            "a.png": PNG,
+            "b.png": PNG,
+        },
+    )
+    make(tmp_path / "list.csv", tmp_path / "out")
+    assert list(samples_in(tmp_path / "out")) == ["b"]
+    assert skipped(tmp_path / "out") == [("a", "bad caption"), ("", "bad row")]
+
+
+def test_unbalanced_quotation_marks_are_refused_and_can_be_taken_as_they_stand(tmp_path):
+    put(tmp_path, {"list.tsv": 'image\tcaption\na.png\t"Hi" he said\nb.png\t5" wide\n', "a.png": PNG, "b.png": PNG})
+    with pytest.raises(GoalRayError, match=r"list\.tsv: line 2: .*--no-quotes"):
+        make(tmp_path / "list.tsv", tmp_path / "out")
+    make(tmp_path / "list.tsv", tmp_path / "plain", quotes=False)
+    assert [members["txt"] for members in samples_in(tmp_path / "plain").values()] == [b'"Hi" he said', b'5" wide']
+
+
+def test_parquet_may_hold_the_pictures_themselves(tmp_path):
+    nested = [{"image": {"bytes": PNG, "path": "x/a.png"}, "text": "x", "when": datetime.date(2024, 5, 1)}]
+    nested += [{"image": {"bytes": JPEG, "path": None}, "text": "y", "when": None}]
+    (tmp_path / "lists").mkdir()
+    pq.write_table(pa.Table.from_pylist(nested), tmp_path / "lists" / "part-1.parquet")
+    pq.write_table(
+        pa.Table.from_pylist([{"image": {"bytes": WEBP}, "text": "z"}]), tmp_path / "lists" / "part-2.parquet"
+    )
+    make(tmp_path / "lists", tmp_path / "out")
+    made = samples_in(tmp_path / "out")
+    assert list(made) == ["x/a", "part-1-000000002", "part-2-000000001"]
+    assert [sorted(members)[-2:] for members in made.values()] == [["png", "txt"], ["json", "txt"], ["txt", "webp"]]
+    assert json.loads(made["x/a"]["json"]) == {"when": "2024-05-01"}
