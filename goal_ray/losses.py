@@ -7,6 +7,7 @@ reaches directly (final LayerNorm, projection).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,16 +19,20 @@ from torch import Tensor, nn
 from goal_ray.config import strict
 from goal_ray.errors import ModelError
 from goal_ray.model import TowerOutput, encode_image, encode_text, image_tower, text_tower
-from kernels.tsl import tsl_loss
+from kernels.tsl import TslResult, tsl_loss
 
 MAX_LOGIT_SCALE = math.log(100.0)
 TERMS = ("global", "local", "tsl_image", "tsl_text")
+Weight = float | tuple[tuple[float, float], ...]
 
 
 @strict
 @dataclass(frozen=True)
 class LossConfig:
     """The weights of the loss's terms and their kind.
+
+    A weight is a number, or a schedule: points [share of the run, weight], linear between them, such as
+    [[0, 0], [0.1, 1]] for a warmup over the first tenth.
 
     weight_local: weight of the contrastive loss over (region crop, sentence)
     weight_tsl_image: weight of the token-similarity loss between a region's patches and its crop
@@ -37,27 +42,49 @@ class LossConfig:
     tsl_backend: auto takes the fastest that runs here; reference is the slow definition
     """
 
-    weight_local: float = 0.5
-    weight_tsl_image: float = 1.0
-    weight_tsl_text: float = 1.0
+    weight_local: Weight = 0.5
+    weight_tsl_image: Weight = 1.0
+    weight_tsl_text: Weight = 1.0
     contrastive: Literal["clip", "siglip"] = "clip"
     pooling: Literal["touch", "coverage"] = "touch"
     tsl_backend: Literal["auto", "reference", "eager", "triton"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("weight_local", "weight_tsl_image", "weight_tsl_text"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a finite number >= 0, not {getattr(self, name)}")
+            points = points_of(getattr(self, name))
+            shares = [share for share, _ in points]
+            if not points or any(not 0 <= weight < math.inf for _, weight in points):
+                raise ValueError(f"{name} must be a finite number >= 0, or points of such, not {getattr(self, name)}")
+            if sorted(set(shares)) != shares or not 0 <= shares[0] <= shares[-1] <= 1:
+                raise ValueError(f"{name}: the shares of its points must rise from 0 to 1, not {shares}")
 
     @property
-    def weights(self) -> tuple[float, float, float, float]:
-        """Weights in the order of TERMS."""
+    def configured(self) -> tuple[Weight, ...]:
+        """The weights or schedules, in the order of TERMS."""
         return (1.0, self.weight_local, self.weight_tsl_image, self.weight_tsl_text)
+
+    def weights(self, progress: float) -> tuple[float, ...]:
+        """Weights in the order of TERMS once the share `progress`, 0 to 1, of the run is done."""
+        return tuple(weight_at(weight, progress) for weight in self.configured)
 
     @property
     def needs_pairs(self) -> bool:
         """Whether any term reads local pairs; without, crops and sentences are never encoded."""
-        return any(self.weights[1:])
+        return any(weight for each in self.configured[1:] for _, weight in points_of(each))
+
+
+def points_of(weight: Weight) -> list[tuple[float, float]]:
+    """A schedule's points (share of the run, weight); a number is one point."""
+    return list(weight) if isinstance(weight, tuple) else [(0.0, weight)]
+
+
+def weight_at(weight: Weight, progress: float) -> float:
+    """A schedule's value: linear between its points, constant before the first and after the last."""
+    points = points_of(weight)
+    for (left, low), (right, high) in pairwise(points):
+        if left <= progress < right:
+            return low + (high - low) * (progress - left) / (right - left)
+    return points[-1][1] if progress >= points[-1][0] else points[0][1]
 
 
 class GoalBatch(NamedTuple):
@@ -70,6 +97,8 @@ class GoalBatch(NamedTuple):
     boxes_M4        float32 (x0, y0, x1, y1) in patch cells; zero area = left out of the image TSL
     spans_M2        int64 half-open token spans within text_BL; (-1, -1) = left out of the text TSL
     sample_index_M  int64 row of images_B3SS that each pair belongs to, non-decreasing
+    counts_R4       what `count_batch` finds on every rank, int64 on the CPU; None on one rank, or to have the step
+                    gather it, which stalls a GPU
     """
 
     images_B3SS: Tensor
@@ -79,6 +108,78 @@ class GoalBatch(NamedTuple):
     boxes_M4: Tensor
     spans_M2: Tensor
     sample_index_M: Tensor
+    counts_R4: Tensor | None = None
+
+
+def count_batch(batch: GoalBatch) -> Tensor:
+    """Pictures, local pairs, regions in the image TSL and spans in the text TSL, int64 (4,), where the boxes are."""
+    x0, y0, x1, y1 = batch.boxes_M4.unbind(1)
+    start_M, end_M = batch.spans_M2.unbind(1)
+    sizes = torch.tensor([len(batch.images_B3SS), len(batch.crops_M3SS)], device=x0.device)
+    seen = torch.stack([((x1 > x0) & (y1 > y0)).sum(), ((end_M > start_M) & (start_M >= 0)).sum()])
+    return torch.cat([sizes, seen])
+
+
+class Features(NamedTuple):
+    """What the contrastive losses read: float32, L2-normalised rows of this rank, and the model's scale and bias.
+
+    image_BE, text_BE    pictures and captions
+    crop_ME, sentence_ME local pairs; None where the loss is global only
+    logit_scale, logit_bias   the model's parameters, (1,) or (); the bias is None where it has none
+    """
+
+    image_BE: Tensor
+    text_BE: Tensor
+    crop_ME: Tensor | None
+    sentence_ME: Tensor | None
+    logit_scale: Tensor
+    logit_bias: Tensor | None
+
+
+def contrastive_terms(features: Features, counts_R4: Tensor, kind: str) -> Tensor:
+    """The global and local contrastive loss over all ranks' rows, float32 (2,); local is 0 where there are no pairs.
+
+    counts_R4  what `count_batch` finds on every rank, on the CPU
+    kind       "clip" or "siglip"
+    """
+    images, pairs = counts_R4[:, 0].tolist(), counts_R4[:, 1].tolist()
+    scale = features.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+
+    def contrast(left_BE: Tensor, right_BE: Tensor, counts: Sequence[int]) -> Tensor:
+        left_NE, right_NE = gather_rows(left_BE, counts), gather_rows(right_BE, counts)
+        if len(left_NE) == 0:
+            return left_NE.sum()
+        loss = ClipLoss() if kind == "clip" else SigLipLoss()
+        return loss(left_NE, right_NE, scale, features.logit_bias)
+
+    with torch.autocast(features.image_BE.device.type, enabled=False):
+        whole = contrast(features.image_BE, features.text_BE, images)
+        if features.crop_ME is None or features.sentence_ME is None:
+            return torch.stack([whole, whole.new_zeros(())])
+        return torch.stack([whole, contrast(features.crop_ME, features.sentence_ME, pairs)])
+
+
+class CachedGradients(NamedTuple):
+    """Stands for the contrastive losses of a batch in the backward pass of one chunk of it (see `goal_ray.gradcache`).
+
+    terms_2   this chunk's share of the losses' values
+    features  gradients of the losses with respect to this chunk's features, as many rows; None where there is none
+    """
+
+    terms_2: Tensor
+    features: tuple[Tensor | None, ...]
+
+    def stand_in(self, features: Features) -> Tensor:
+        """(2,) tensor with the losses' values and, through `features`, their gradients."""
+        zero = self.terms_2.new_zeros(())
+        products = [
+            zero if gradient is None or value is None else (value * gradient).sum()
+            for value, gradient in zip(features, self.features, strict=True)
+        ]
+        image, text, crop, sentence, scale, bias = products
+        # Scale and bias belong to both losses; their weighted gradient comes with the global term.
+        linear_2 = torch.stack([image + text + scale + bias, crop + sentence])
+        return linear_2 - linear_2.detach() + self.terms_2
 
 
 class GoalModel(nn.Module):
@@ -103,70 +204,58 @@ class GoalModel(nn.Module):
         self.clip: Any = clip
         self.config = config
         self.bf16 = bf16
-        self.contrastive = ClipLoss() if config.contrastive == "clip" else SigLipLoss()
         self.register_buffer("mean_311", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std_311", torch.tensor(std).view(3, 1, 1), persistent=False)
 
-    def forward(self, batch: GoalBatch) -> Tensor:
+    def forward(
+        self, batch: GoalBatch, cached: CachedGradients | None = None, features_only: bool = False
+    ) -> Tensor | Features:
         """The loss's terms, unweighted, float32 (4,), in the order of TERMS.
+
+        cached         stands in for the contrastive losses; `batch` is then a chunk of the batch they are of
+        features_only  returns the Features instead
 
         Averaging their gradients over ranks (as every data-parallel engine does) gives the gradient of the loss of the
         whole batch: contrastive terms see the features of all ranks, and TSL terms are scaled so that every region
         counts the same wherever it lies. Terms of weight 0 that cost a forward are not computed and are 0.
         """
         with torch.autocast(batch.images_B3SS.device.type, torch.bfloat16, enabled=self.bf16):
-            return self._losses(batch) if self.config.needs_pairs else self._global_only(batch)
-
-    def _global_only(self, batch: GoalBatch) -> Tensor:
-        image = self._encode_images(batch.images_B3SS)
-        text = encode_text(self.clip, batch.text_BL)
-        counts_R = gather_counts(torch.tensor([len(batch.images_B3SS)], device=image.pooled_BE.device))[:, 0]
-        loss = self._contrast(image.pooled_BE, text.pooled_BE, counts_R.tolist())
-        return torch.stack([loss, *(loss.new_zeros(()) for _ in TERMS[1:])])
-
-    def _losses(self, batch: GoalBatch) -> Tensor:
-        images = len(batch.images_B3SS)
-        both = self._encode_images(torch.cat([batch.images_B3SS, batch.crops_M3SS]))
-        text = encode_text(self.clip, batch.text_BL)
-        sentence = encode_text(self.clip, batch.sentences_ML)
-        crop_ME = both.pooled_BE[images:]
-
-        image_tsl = self._tsl_image(both, crop_ME, batch)
-        text_tsl = self._tsl_text(text, sentence.pooled_BE, batch)
-        counts_R4 = gather_counts(
-            torch.stack(
-                [
-                    torch.tensor(images, device=crop_ME.device),
-                    torch.tensor(len(crop_ME), device=crop_ME.device),
-                    image_tsl.count,
-                    text_tsl.count,
-                ]
+            images = len(batch.images_B3SS)
+            text = encode_text(self.clip, batch.text_BL)
+            if not self.config.needs_pairs:
+                both, sentence = self._encode_images(batch.images_B3SS), None
+            else:
+                both = self._encode_images(torch.cat([batch.images_B3SS, batch.crops_M3SS]))
+                sentence = encode_text(self.clip, batch.sentences_ML)
+            features = Features(
+                unit(both.pooled_BE[:images]),
+                unit(text.pooled_BE),
+                None if sentence is None else unit(both.pooled_BE[images:]),
+                None if sentence is None else unit(sentence.pooled_BE),
+                self.clip.logit_scale,
+                self.clip.logit_bias,
             )
-        )
-        counts = counts_R4.tolist()
-        return torch.stack(
-            [
-                self._contrast(both.pooled_BE[:images], text.pooled_BE, [row[0] for row in counts]),
-                self._contrast(crop_ME, sentence.pooled_BE, [row[1] for row in counts]),
-                image_tsl.loss.float() * global_mean_scale(counts_R4[:, 2]),
-                text_tsl.loss.float() * global_mean_scale(counts_R4[:, 3]),
-            ]
-        )
+            if features_only:
+                return features
+            counts_R4 = gather_counts(count_batch(batch)) if batch.counts_R4 is None else batch.counts_R4
+            if cached is None:
+                terms_2 = contrastive_terms(features, counts_R4.cpu(), self.config.contrastive)
+            else:
+                terms_2 = cached.stand_in(features)
+            if sentence is None:
+                return torch.cat([terms_2, terms_2.new_zeros(2)])
+            image_tsl = self._tsl_image(both, both.pooled_BE[images:], batch)
+            text_tsl = self._tsl_text(text, sentence.pooled_BE, batch)
+            totals = counts_R4.sum(dim=0).clamp(min=1)
+            scales_2 = len(counts_R4) / totals[2:]
+            tsl_2 = torch.stack([share(image_tsl, scales_2[0]), share(text_tsl, scales_2[1])])
+            return torch.cat([terms_2, tsl_2])
 
     def _encode_images(self, pixels_B3SS: Tensor) -> TowerOutput:
         scaled = (pixels_B3SS.float() / 255 - self.mean_311) / self.std_311
         return encode_image(self.clip, scaled)
 
-    def _contrast(self, left_BE: Tensor, right_BE: Tensor, counts: Sequence[int]) -> Tensor:
-        left_NE = gather_rows(F.normalize(left_BE.float(), dim=-1), counts)
-        right_NE = gather_rows(F.normalize(right_BE.float(), dim=-1), counts)
-        if len(left_NE) == 0:
-            return left_NE.sum()
-        scale = self.clip.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
-        with torch.autocast(left_NE.device.type, enabled=False):
-            return self.contrastive(left_NE, right_NE, scale, self.clip.logit_bias)
-
-    def _tsl_image(self, both: TowerOutput, crop_ME: Tensor, batch: GoalBatch):
+    def _tsl_image(self, both: TowerOutput, crop_ME: Tensor, batch: GoalBatch) -> TslResult:
         visual = image_tower(self.clip)
         return tsl_loss(
             both.tokens_BND,  # uncut, crops and CLS included: a slice would cost its gradient another copy
@@ -183,7 +272,7 @@ class GoalModel(nn.Module):
             backend=self.config.tsl_backend,
         )
 
-    def _tsl_text(self, text: TowerOutput, sentence_ME: Tensor, batch: GoalBatch):
+    def _tsl_text(self, text: TowerOutput, sentence_ME: Tensor, batch: GoalBatch) -> TslResult:
         tower = text_tower(self.clip)
         start_M, end_M = batch.spans_M2.unbind(1)
         rows = torch.stack([start_M, torch.zeros_like(start_M), end_M, (end_M > start_M).long()], dim=1)
@@ -202,6 +291,16 @@ class GoalModel(nn.Module):
         )
 
 
+def unit(rows_ME: Tensor) -> Tensor:
+    """Rows as float32 of length 1."""
+    return F.normalize(rows_ME.float(), dim=-1)
+
+
+def share(result: TslResult, scale: Tensor) -> Tensor:
+    """This rank's mean as its share of the mean over all ranks: times its count, times ranks over the total count."""
+    return result.loss.float() * result.count * scale
+
+
 def world_size() -> int:
     """Ranks in the process group; 1 outside of one."""
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -215,12 +314,6 @@ def gather_counts(counts_C: Tensor) -> Tensor:
     rows = [torch.empty_like(counts_C) for _ in range(world_size())]
     dist.all_gather(rows, counts_C)
     return torch.stack(rows)
-
-
-def global_mean_scale(counts_R: Tensor) -> Tensor:
-    """Factor that turns this rank's mean into its share of the mean over all ranks, under averaged gradients."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    return counts_R[rank] * len(counts_R) / counts_R.sum().clamp(min=1)
 
 
 class _GatherRows(torch.autograd.Function):

@@ -7,40 +7,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from goal_batches import MEAN, STD, gradients, load, random_batch
 
+from goal_ray.config import load_config
 from goal_ray.errors import ModelError
+from goal_ray.gradcache import split_batch
 from goal_ray.losses import TERMS, GoalBatch, GoalModel, LossConfig
-from goal_ray.model import LoadedModel, ModelConfig, load_model
-
-MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
-PAIRS_PER_IMAGE = [2, 0, 1, 3]
-
-
-def load(tiny_clip: str) -> LoadedModel:
-    loaded = load_model(ModelConfig(tiny_clip), seed=3)
-    loaded.clip.double().eval()
-    return loaded
-
-
-def random_batch(tokenizer, seed: int) -> GoalBatch:
-    """Four pictures with 2, 0, 1 and 3 pairs; one box was cut away, one sentence lies beyond the context."""
-    generator = torch.Generator().manual_seed(seed)
-    pairs = sum(PAIRS_PER_IMAGE)
-    corners = torch.rand(pairs, 2, 2, generator=generator).sort(dim=1).values * 4
-    boxes = corners.reshape(pairs, 4)
-    boxes[1] = 0
-    spans = torch.tensor([[1, 4], [4, 9], [2, 3], [1, 10], [-1, -1], [3, 8]])
-    words = ["red cat", "a blue dog runs fast", "house", "the big green tree by the sea", "moon", "old car"]
-    captions = [f"{words[k]} and {words[(k + 1) % 6]}. then some more words here" for k in range(4)]
-    return GoalBatch(
-        images_B3SS=torch.randint(0, 256, (4, 3, 32, 32), generator=generator, dtype=torch.uint8),
-        text_BL=tokenizer(captions)[:, :20],
-        crops_M3SS=torch.randint(0, 256, (pairs, 3, 32, 32), generator=generator, dtype=torch.uint8),
-        sentences_ML=tokenizer(words)[:, :12],
-        boxes_M4=boxes,
-        spans_M2=spans,
-        sample_index_M=torch.repeat_interleave(torch.arange(4), torch.tensor(PAIRS_PER_IMAGE)),
-    )
 
 
 def slow_goal_terms(clip, batch: GoalBatch) -> torch.Tensor:
@@ -95,12 +67,6 @@ def slow_goal_terms(clip, batch: GoalBatch) -> torch.Tensor:
     )
 
 
-def gradients(clip, total: torch.Tensor) -> dict[str, torch.Tensor]:
-    names, parameters = zip(*clip.named_parameters(), strict=True)
-    found = torch.autograd.grad(total, parameters, allow_unused=True)
-    return {name: torch.zeros(()) if g is None else g for name, g in zip(names, found, strict=True)}
-
-
 @pytest.mark.parametrize("backend", ["reference", "eager", "triton"])
 def test_loss_and_gradients_equal_an_independent_float64_computation(tiny_clip, backend):
     loaded = load(tiny_clip)
@@ -142,26 +108,11 @@ def test_siglip_needs_a_logit_bias(tiny_clip):
         GoalModel(load(tiny_clip).clip, LossConfig(contrastive="siglip"), MEAN, STD)
 
 
-def split_batch(batch: GoalBatch, rank: int) -> GoalBatch:
-    """Pictures 0-1 with their two pairs for rank 0, 2-3 with their four for rank 1."""
-    images = slice(0, 2) if rank == 0 else slice(2, 4)
-    pairs = slice(0, 2) if rank == 0 else slice(2, 6)
-    return GoalBatch(
-        batch.images_B3SS[images],
-        batch.text_BL[images],
-        batch.crops_M3SS[pairs],
-        batch.sentences_ML[pairs],
-        batch.boxes_M4[pairs],
-        batch.spans_M2[pairs],
-        batch.sample_index_M[pairs] - (0 if rank == 0 else 2),
-    )
-
-
 def run_rank(rank: int, folder: str, tiny_clip: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     loaded = load(tiny_clip)
     model = GoalModel(loaded.clip, LossConfig(), MEAN, STD).double()
-    terms = model(split_batch(random_batch(loaded.tokenizer, seed=7), rank))
+    terms = model(split_batch(random_batch(loaded.tokenizer, seed=7), 2)[rank])
     averaged = {}
     for name, gradient in gradients(loaded.clip, terms.sum()).items():
         dist.all_reduce(gradient)
@@ -183,3 +134,35 @@ def test_two_ranks_with_unequal_pairs_give_the_gradient_of_the_whole_batch(tiny_
     for name, gradient in gradients(loaded.clip, terms.sum()).items():
         scale = gradient.abs().max().clamp(min=1e-3)
         assert ((found["gradients"][name] - gradient).abs().max() / scale) < 1e-4, name
+
+
+@pytest.mark.parametrize(
+    ("schedule", "progress", "weight"),
+    [
+        (0.5, 0.0, 0.5),
+        (((0.0, 0.0), (0.5, 1.0)), 0.25, 0.5),
+        (((0.2, 1.0), (0.6, 3.0)), 0.1, 1.0),
+        (((0.2, 1.0), (0.6, 3.0)), 0.9, 3.0),
+        (((0.2, 1.0), (0.6, 3.0), (1.0, 0.0)), 0.8, 1.5),
+    ],
+)
+def test_a_weight_follows_its_points(schedule, progress, weight):
+    config = LossConfig(weight_tsl_image=schedule)
+    assert config.weights(progress) == pytest.approx((1.0, 0.5, weight, 1.0))
+
+
+@pytest.mark.parametrize("schedule", [(), ((0.5, 1.0), (0.2, 1.0)), ((0.0, -1.0),), ((0.0, 1.0), (2.0, 1.0)), -1.0])
+def test_impossible_schedules_are_refused_by_name(schedule):
+    with pytest.raises(ValueError, match="weight_local"):
+        LossConfig(weight_local=schedule)
+
+
+def test_a_term_that_is_scheduled_from_zero_still_needs_pairs():
+    late = LossConfig(weight_local=0, weight_tsl_image=((0.5, 0.0), (1.0, 1.0)), weight_tsl_text=0)
+    assert late.needs_pairs
+    assert not LossConfig(weight_local=0, weight_tsl_image=((0.0, 0.0),), weight_tsl_text=0).needs_pairs
+
+
+def test_a_schedule_comes_from_the_command_line():
+    config = load_config(LossConfig, None, ["weight_tsl_text=[[0, 0], [0.1, 2]]"])
+    assert config.weights(0.05) == pytest.approx((1.0, 0.5, 1.0, 1.0))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from goal_ray.losses import TERMS
+from goal_ray.losses import TERMS, Weight
 from goal_ray.report.records import Evaluation, Retrieval, RunRecords
 
 SHARES = ("R@1", "R@5", "R@25", "R@50", "mAP")
@@ -22,14 +22,14 @@ def settings_table(runs: Sequence[RunRecords]) -> list[tuple[str, list[str]]]:
 def settings(run: RunRecords) -> dict[str, str]:
     """A run's key settings in words."""
     config = run.config
-    weights = zip(TERMS, config.loss.weights, strict=True)
+    weights = zip(TERMS, config.loss.configured, strict=True)
     last = run.metrics[-1] if run.metrics else None
     return {
         "model": f"{config.model.name} ({config.model.weights or 'weights of its own'})",
         "text positions": str(config.model.context_length or "the model's own"),
         "data": config.data.shards,
         "pairs per image": str(config.data.pairs_per_image) if config.loss.needs_pairs else "none",
-        "loss weights": " · ".join(f"{name} {weight:g}" for name, weight in weights if weight),
+        "loss weights": " · ".join(f"{name} {describe_weight(weight)}" for name, weight in weights if weight),
         "batch": f"{config.global_batch} (per worker {config.batch_per_worker}, workers {config.workers}, "
         f"accumulate {config.accumulate})",
         "steps": f"{last['step']} of {last['total_steps']}" if last else "none logged yet",
@@ -103,3 +103,10 @@ def quarantine_rows(run: RunRecords) -> list[dict[str, Any]]:
     counts = Counter(record["stage"] for record in run.quarantine)
     reasons = {record["stage"]: record["reason"] for record in reversed(run.quarantine)}
     return [{"stage": stage, "count": count, "reason": reasons[stage]} for stage, count in counts.most_common()]
+
+
+def describe_weight(weight: Weight) -> str:
+    """A weight, or a schedule's points as share of the run: weight."""
+    if not isinstance(weight, tuple):
+        return f"{weight:g}"
+    return " → ".join(f"{share:.0%}: {value:g}" for share, value in weight)

@@ -73,7 +73,7 @@ def train_worker(job: Job, rank: int, ranks: int, device: torch.device) -> None:
         lr = config.optimizer.lr * config.optimizer.lr_factor(step, total_steps)
         set_learning_rate(engine, lr)
         for _ in range(config.accumulate):
-            window.add(train_step(engine, unpack(next(batches), device), config.loss.weights))
+            window.add(train_step(engine, unpack(next(batches), device), config.loss.weights(step / total_steps)))
         done = step + 1
         if done % config.log_every == 0 or done == total_steps:
             record = window.read(done, total_steps, lr, done / order.steps_per_epoch, engine)
@@ -157,7 +157,10 @@ class LogWindow:
             "step": step,
             "total_steps": total_steps,
             "epoch": round(epoch, 4),
-            "loss": sum(weight * term for weight, term in zip(self.config.loss.weights, terms, strict=True)),
+            "loss": sum(
+                weight * term
+                for weight, term in zip(self.config.loss.weights((step - 1) / total_steps), terms, strict=True)
+            ),
             **{f"loss_{name}": term for name, term in zip(TERMS, terms, strict=True)},
             "lr": lr,
             "grad_norm": None if norm is None else float(norm),

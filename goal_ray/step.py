@@ -1,0 +1,88 @@
+"""How a training step computes: switches that change its speed and memory, and its result by rounding alone.
+
+`python -m goal_ray.train.benchmark --switches` measures the worth of each.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import ResidualAttentionBlock
+from torch import Tensor, nn
+
+from goal_ray.config import strict
+from goal_ray.model import image_tower, text_tower
+
+
+@strict
+@dataclass(frozen=True)
+class StepConfig:
+    """How a step computes; none of this changes what it computes.
+
+    sdpa: attention by one projection and PyTorch's fused kernel, told that texts are causal; else open_clip's own
+    compile: torch.compile of the transformer blocks; minutes at the start, needs a C++ compiler; not with zero_stage=3
+    checkpoint_activations: recompute the blocks in the backward pass: a third more arithmetic for far less memory
+    channels_last: pictures and the patch convolution in NHWC
+    fused_adamw: the optimizer's update in one kernel over all parameters
+    """
+
+    sdpa: bool = True
+    compile: bool = False
+    checkpoint_activations: bool = False
+    channels_last: bool = False
+    fused_adamw: bool = True
+
+
+class FusedAttention(nn.MultiheadAttention):
+    """Self-attention with nn.MultiheadAttention's parameters, without its layout copies and, if causal, its mask.
+
+    causal  a token sees itself and those before it; the mask that the caller gives is then not read
+    """
+
+    causal: bool
+
+    def forward(  # type: ignore[override]
+        self, x_BLD: Tensor, *_: Tensor, attn_mask: Tensor | None = None, **__: bool
+    ) -> tuple[Tensor, None]:
+        """Returns (B, L, D) and None, as nn.MultiheadAttention does without weights."""
+        batch, length, width = x_BLD.shape
+        qkv = F.linear(x_BLD, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = qkv.view(batch, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        mask = None if self.causal else attn_mask
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal)
+        return self.out_proj(mixed.transpose(1, 2).reshape(batch, length, width)), None
+
+
+def prepare_step(clip: nn.Module, config: StepConfig) -> None:
+    """Sets a CLIP up to compute as configured, in place; its parameters keep their names and values."""
+    visual, text = image_tower(clip), text_tower(clip)
+    for transformer, mask in ((visual.transformer, None), (text.transformer, text.attn_mask)):
+        transformer.grad_checkpointing = config.checkpoint_activations
+        for block in transformer.resblocks:
+            if config.sdpa and is_plain(block):
+                block.attn.__class__ = FusedAttention
+                block.attn.causal = mask is not None and is_causal(mask)
+            if config.compile:
+                block.compile()
+    if config.channels_last:
+        visual.conv1.to(memory_format=torch.channels_last)
+
+
+def is_plain(block: Any) -> bool:
+    """Whether a block attends by a plain nn.MultiheadAttention of equal widths."""
+    attn = getattr(block, "attn", None)
+    return (
+        type(block) is ResidualAttentionBlock
+        and type(attn) is nn.MultiheadAttention
+        and attn.batch_first
+        and attn.dropout == 0
+        and attn.in_proj_weight is not None
+        and attn.bias_k is None
+    )
+
+
+def is_causal(mask_LL: Tensor) -> bool:
+    """Whether an additive mask hides exactly what lies ahead."""
+    ahead = torch.full_like(mask_LL, -torch.inf).triu(1)
+    return bool(torch.equal(mask_LL, ahead))

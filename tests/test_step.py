@@ -1,0 +1,56 @@
+"""The switches of a step change how it computes, not what."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from goal_batches import MEAN, STD, gradients, load, random_batch
+
+from goal_ray.losses import GoalModel, LossConfig
+from goal_ray.step import FusedAttention, StepConfig, prepare_step
+
+PLAIN = StepConfig(sdpa=False)
+
+
+def terms_and_gradients(tiny_clip: str, config: StepConfig):
+    loaded = load(tiny_clip)
+    before = {name: tensor.clone() for name, tensor in loaded.clip.state_dict().items()}
+    prepare_step(loaded.clip, config)
+    after = loaded.clip.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    loaded.clip.train()
+    terms_4 = GoalModel(loaded.clip, LossConfig(), MEAN, STD).double()(random_batch(loaded.tokenizer, seed=4))
+    return terms_4, gradients(loaded.clip, terms_4.sum())
+
+
+@pytest.mark.parametrize("switch", ["sdpa", "checkpoint_activations", "channels_last", "compile"])
+def test_a_switch_changes_terms_and_gradients_by_rounding_alone(tiny_clip, switch):
+    terms_4, expected = terms_and_gradients(tiny_clip, PLAIN)
+    switched_4, found = terms_and_gradients(tiny_clip, replace(PLAIN, **{switch: True}))
+    # float64 towers under a float32 contrastive loss
+    assert torch.allclose(switched_4, terms_4, rtol=1e-6)
+    for name, gradient in expected.items():
+        scale = gradient.abs().max().clamp(min=1e-3)
+        assert ((found[name] - gradient).abs().max() / scale) < 1e-5, name
+
+
+def test_only_a_causal_tower_attends_causally(tiny_clip):
+    clip = load(tiny_clip).clip
+    prepare_step(clip, StepConfig())
+    causal = [
+        [block.attn.causal for block in transformer.resblocks]
+        for transformer in (clip.visual.transformer, clip.transformer)
+    ]
+    assert causal == [[False, False], [True, True]]
+    assert all(isinstance(block.attn, FusedAttention) for block in clip.transformer.resblocks)
+
+
+def test_a_mask_that_is_not_causal_is_kept(tiny_clip):
+    clip = load(tiny_clip).clip
+    clip.attn_mask = clip.attn_mask.clone()
+    clip.attn_mask[0, 5] = 0
+    ids = load(tiny_clip).tokenizer(["a cat on a mat"])
+    expected = clip.encode_text(ids)
+    prepare_step(clip, StepConfig())
+    assert torch.allclose(clip.encode_text(ids), expected, atol=1e-12)
