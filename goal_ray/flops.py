@@ -8,8 +8,8 @@ attention kernels compute again in the backward pass, are not.
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ def text_products(clip: nn.Module, length: int) -> Iterator[Product]:
     yield from projection_products(tower.projection_DE, moves)
 
 
-def block_products(blocks: nn.ModuleList, tokens: int, moves: bool) -> Iterator[Product]:
+def block_products(blocks: Iterable[Any], tokens: int, moves: bool) -> Iterator[Product]:
     """Those of transformer blocks on `tokens` tokens; `moves` says whether a gradient goes on to what lies before."""
     for block in blocks:
         parameters = list(block.parameters())  # in the order in which the forward pass meets them
@@ -108,7 +108,7 @@ def projection_products(projection_DE: Tensor | None, moves: bool) -> Iterator[P
         yield Product(2 * projection_DE.numel(), projection_DE.requires_grad, moves)
 
 
-def trained(parameters: Iterator[nn.Parameter] | Sequence[nn.Parameter]) -> bool:
+def trained(parameters: Iterable[nn.Parameter]) -> bool:
     """Whether any of the parameters is."""
     return any(parameter.requires_grad for parameter in parameters)
 
