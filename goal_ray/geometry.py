@@ -6,20 +6,20 @@ the picture were squashed would pool the wrong patches.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
-from torchvision import tv_tensors
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import InterpolationMode, RandomResizedCrop, v2
 
 from goal_ray.config import strict
 
 # Of a picture whose short side is resized: the longer side of a thread, 12,000×1 pixels, would become gigabytes.
 MAX_ASPECT = 32
 BoxPx = tuple[int, int, int, int]
+T = TypeVar("T", Image.Image, torch.Tensor)
 
 
 @strict
@@ -44,6 +44,31 @@ class ResizeConfig:
             raise ValueError(f"min_visible must be in [0, 1], not {self.min_visible}")
 
 
+@dataclass(frozen=True)
+class View:
+    """How the model's square is seen in a picture: a part of it is resized, and the square is cut out of that.
+
+    part_px     (x0, y0, x1, y1) of the picture
+    resized_HW  what the part is resized to, pixels
+    corner      (left, top) of the square in the resized part, pixels
+    """
+
+    part_px: BoxPx
+    resized_HW: tuple[int, int]
+    corner: tuple[int, int]
+
+    @property
+    def detail(self) -> float:
+        """Pixels of the square per pixel of the picture, along the axis that has more of them."""
+        x0, y0, x1, y1 = self.part_px
+        return max(self.resized_HW[1] / (x1 - x0), self.resized_HW[0] / (y1 - y0))
+
+    def moved(self, x_px: int, y_px: int) -> "View":
+        """The view of a crop, as one of the picture that the crop was cut from at (x_px, y_px)."""
+        x0, y0, x1, y1 = self.part_px
+        return replace(self, part_px=(x0 + x_px, y0 + y_px, x1 + x_px, y1 + y_px))
+
+
 class PixelGeometry:
     """Turns a picture and boxes on it into the model's square of `size_px` pixels and boxes in patch cells.
 
@@ -56,70 +81,110 @@ class PixelGeometry:
         self.config = config
         self.size_px = size_px
         self.grid_HW = grid_HW
-        mode = InterpolationMode(interpolation)
-        steps: dict[str, list[torch.nn.Module]] = {
-            "shortest": [v2.Resize(size_px, mode), v2.CenterCrop(size_px)],
-            "squash": [v2.Resize((size_px, size_px), mode)],
-            "random_resized_crop": [v2.RandomResizedCrop(size_px, (config.min_scale, 1.0), interpolation=mode)],
-        }
-        self.transform = v2.Compose(steps[config.mode])
+        self.interpolation = InterpolationMode(interpolation)
 
     def __call__(
         self, image: Image.Image, boxes_px_M4: np.ndarray, seed: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the square, uint8 (3, size_px, size_px), and the boxes in patch cells, float32 (M, 4).
+        """Returns the square, uint8 (3, size_px, size_px), and the boxes in patch cells; PIL resizes, as in open_clip.
 
         image        RGB
-        boxes_px_M4  (x0, y0, x1, y1) in pixels of `image`
-        seed         fixes random_resized_crop; the process's own random state is left as it was
+        boxes_px_M4  as in `cells`
+        seed         as in `view`
+        """
+        view = self.view(image.size, seed)
+        part = image if view.part_px == (0, 0, *image.size) else image.crop(view.part_px)
+        left, top = view.corner
+        resized = resize(part, view.resized_HW, self.interpolation)
+        square = resized.crop((left, top, left + self.size_px, top + self.size_px))
+        return np.asarray(square).transpose(2, 0, 1).copy(), self.cells(view, boxes_px_M4)
+
+    def view(self, size: tuple[int, int], seed: int | None = None) -> View:
+        """The view of a picture of `size` (width, height).
+
+        seed  fixes random_resized_crop; the process's own random state is left as it was
+        """
+        width, height = size
+        if self.config.mode == "random_resized_crop":
+            part_px = random_part(width, height, self.config.min_scale, seed)
+            return View(part_px, (self.size_px, self.size_px), (0, 0))
+        if self.config.mode == "squash":
+            return View((0, 0, width, height), (self.size_px, self.size_px), (0, 0))
+        # All is resized, but of a thread not its ends, which the center crop would cut off anyway.
+        longest = MAX_ASPECT * min(size)
+        x0, y0 = (max(0, (side - longest) // 2) for side in size)
+        part_px = x0, y0, width - x0, height - y0
+        sides = width - 2 * x0, height - 2 * y0
+        resized_W, resized_H = (int(self.size_px * side / min(sides)) for side in sides)
+        # Rounded as CenterCrop does, halves to even.
+        corner = round((resized_W - self.size_px) / 2), round((resized_H - self.size_px) / 2)
+        return View(part_px, (resized_H, resized_W), corner)
+
+    def cells(self, view: View, boxes_px_M4: np.ndarray) -> np.ndarray:
+        """The boxes as the square shows them, in patch cells, float32 (M, 4).
+
+        boxes_px_M4  (x0, y0, x1, y1) in pixels of the picture
 
         A box is clipped to the square. One whose visible share is below `min_visible` becomes (0, 0, 0, 0), which the
         TSL leaves out.
         """
-        left, top, right, bottom = self._seen(*image.size)
-        if (right - left, bottom - top) != image.size:
-            image = image.crop((left, top, right, bottom))
-        boxes_px_M4 = np.asarray(boxes_px_M4, np.float32).reshape(-1, 4) - np.array([left, top, left, top], np.float32)
-        boxes = tv_tensors.BoundingBoxes(
-            torch.from_numpy(boxes_px_M4),
-            format="XYXY",
-            canvas_size=(image.height, image.width),
-            clamping_mode=None,
-        )
-        with torch.random.fork_rng(devices=[]):
-            if seed is not None:
-                # torch.manual_seed would also queue a call, with its stack, for a CUDA that is never started here.
-                torch.default_generator.manual_seed(seed)
-            square, moved_M4 = self.transform(image, boxes)
-        boxes_px = moved_M4.as_subclass(torch.Tensor)
-        clipped_px = boxes_px.clamp(0, self.size_px)
-        visible_M = area(clipped_px) / area(boxes_px).clamp(min=torch.finfo(torch.float32).tiny)
-        kept_px = torch.where((visible_M >= self.config.min_visible)[:, None], clipped_px, 0.0)
+        x0, y0, x1, y1 = view.part_px
+        resized_H, resized_W = view.resized_HW
+        zoom_4 = np.tile([resized_W / (x1 - x0), resized_H / (y1 - y0)], 2)
+        boxes_px_M4 = np.asarray(boxes_px_M4, np.float64).reshape(-1, 4)
+        moved_M4 = (boxes_px_M4 - np.tile([x0, y0], 2)) * zoom_4 - np.tile(view.corner, 2)
+        clipped_M4 = moved_M4.clip(0, self.size_px)
+        visible_M = area(clipped_M4) / area(moved_M4).clip(min=np.finfo(np.float32).tiny)
+        kept_M4 = np.where((visible_M >= self.config.min_visible)[:, None], clipped_M4, 0.0)
         rows, columns = self.grid_HW
-        scale = torch.tensor([columns, rows, columns, rows]) / self.size_px
-        return np.asarray(square).transpose(2, 0, 1).copy(), (kept_px * scale).numpy()
+        return (kept_M4 * np.tile([columns, rows], 2) / self.size_px).astype(np.float32)
 
-    def square(self, picture_3HW: torch.Tensor) -> torch.Tensor:
-        """The square of a uint8 picture on any device, (3, size_px, size_px) uint8, without leaving the device.
+    def square(
+        self, picture_CHW: torch.Tensor, view: View | None = None, size: tuple[int, int] | None = None
+    ) -> torch.Tensor:
+        """The square of a uint8 picture on any device, (C, size_px, size_px) uint8, without leaving the device.
+
+        view  what of the picture is seen; by default, as `view` says
+        size  (width, height) that the view's pixels are of, where the picture was decoded to fewer: its part is then
+              rounded to whole decoded pixels
 
         Values differ from those of `__call__`, which PIL resizes, by 2 at most where bicubic does not overshoot black
         or white: PIL rounds and clips between its two passes.
         """
-        left, top, right, bottom = self._seen(picture_3HW.shape[2], picture_3HW.shape[1])
-        return self.transform(picture_3HW[:, top:bottom, left:right])
-
-    def _seen(self, width: int, height: int) -> BoxPx:
-        """What is resized: all, but of a thread not its ends, which the center crop would cut off anyway."""
-        longest = MAX_ASPECT * min(width, height)
-        if self.config.mode != "shortest":
-            longest = max(width, height)
-        left, top = (max(0, (side - longest) // 2) for side in (width, height))
-        return left, top, width - left, height - top
+        height, width = picture_CHW.shape[1:]
+        view = view or self.view((width, height))
+        x0, y0, x1, y1 = view.part_px if size is None else scaled_box(view.part_px, size, (width, height))
+        left, top = view.corner
+        resized = resize(picture_CHW[:, y0:y1, x0:x1], view.resized_HW, self.interpolation)
+        return resized[:, top : top + self.size_px, left : left + self.size_px]
 
 
-def area(boxes_M4: torch.Tensor) -> torch.Tensor:
+def resize(picture: T, size_HW: tuple[int, int], interpolation: InterpolationMode) -> T:
+    """A PIL picture or a tensor (…, H, W), resized with antialiasing."""
+    return v2.functional.resize(picture, list(size_HW), interpolation, antialias=True)
+
+
+def random_part(width: int, height: int, min_scale: float, seed: int | None) -> BoxPx:
+    """A part of a picture as RandomResizedCrop draws it, with at least `min_scale` of its area."""
+    with torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            # torch.manual_seed would also queue a call, with its stack, for a CUDA that is never started here.
+            torch.default_generator.manual_seed(seed)
+        canvas = torch.empty(1).expand(1, height, width)  # holds no pixels
+        top, left, rows, columns = RandomResizedCrop.get_params(canvas, [min_scale, 1.0], [3 / 4, 4 / 3])
+    return left, top, left + columns, top + rows
+
+
+def area(boxes_M4: np.ndarray) -> np.ndarray:
     """Areas (M,) of (x0, y0, x1, y1) boxes."""
     return (boxes_M4[:, 2] - boxes_M4[:, 0]) * (boxes_M4[:, 3] - boxes_M4[:, 1])
+
+
+def scaled_box(box_px: BoxPx, size: tuple[int, int], new_size: tuple[int, int]) -> BoxPx:
+    """A box on a picture of `size` (W, H), on the same picture of `new_size`: to whole pixels, at least one."""
+    edges = [round(edge * new_size[axis % 2] / size[axis % 2]) for axis, edge in enumerate(box_px)]
+    x0, y0 = min(edges[0], new_size[0] - 1), min(edges[1], new_size[1] - 1)
+    return x0, y0, max(edges[2], x0 + 1), max(edges[3], y0 + 1)
 
 
 def outer_box(box_px: Sequence[float], size: tuple[int, int]) -> BoxPx:

@@ -6,9 +6,13 @@ which is what a viewer shows and not always how the file stores its rows.
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
+import pyarrow
+import torch
 from PIL import ExifTags, Image
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
@@ -62,19 +66,48 @@ def upright_size(data: bytes) -> tuple[int, int]:
     return (height, width) if orientation(image) >= 5 else (width, height)
 
 
-def decode_image(data: bytes, max_pixels: int = 150_000_000) -> Image.Image:
-    """The upright RGB picture in JPEG, PNG or WebP bytes; of an animation, the first frame.
+@dataclass(frozen=True)
+class StoredPicture:
+    """A picture of which only the header is read.
 
-    Transparency is laid on white; 16-bit values are scaled to 8 bits; colour profiles are ignored. The size is checked
-    in the header, before any pixel is decoded. Raises ImageError for anything but a complete picture of these formats
-    with at most `max_pixels`.
+    size  (width, height) of the upright picture as stored, pixels
+    """
+
+    size: tuple[int, int]
+    _name: str
+    _image: ImageFile
+    _bytes: int
+
+    def decode(self, factor: int = 1) -> Image.Image:
+        """The upright RGB picture. To be called once.
+
+        factor  1, 2, 4 or 8: a JPEG is decoded to 1/factor of its size, rounded up to whole pixels, for less work than
+                all of it takes; other formats come whole. Coordinates scale by the size that came over `size`, and are
+                then less than one decoded pixel off.
+
+        Raises ImageError for anything but a complete picture.
+        """
+        with decoding(self._name, self._bytes):
+            if factor > 1 and isinstance(self._image, JpegImageFile):
+                width, height = self._image.size
+                self._image.draft(None, (max(1, width // factor), max(1, height // factor)))
+            self._image.load()
+            upright = UPRIGHT.get(orientation(self._image))
+            rgb = to_rgb(self._image)
+            return rgb if upright is None else rgb.transpose(upright)
+
+
+def open_picture(data: bytes, max_pixels: int = 150_000_000) -> StoredPicture:
+    """Reads the header of a JPEG, PNG or WebP; the size is checked before any pixel of a JPEG or PNG is decoded.
+
+    Raises ImageError for other bytes, a damaged header, or more than `max_pixels`.
     """
     if not data:
         raise ImageError("the picture is empty (0 bytes); store it again")
     name = format_name(data)
     if name is None:
         raise ImageError(f"not a JPEG, PNG or WebP picture (it starts with {data[:8]!r}); convert it")
-    try:
+    with decoding(name, len(data)):
         image = READERS[name][1](io.BytesIO(data))
         width, height = image.size
         if width * height > max_pixels:
@@ -82,12 +115,29 @@ def decode_image(data: bytes, max_pixels: int = 150_000_000) -> Image.Image:
                 f"{name} of {width}×{height} = {width * height} pixels, more than max_pixels={max_pixels}; "
                 "shrink the picture or raise max_pixels"
             )
-        if name == "JPEG" and scans(data) > MAX_SCANS:
+        if name != "JPEG":
+            image.load()  # a PNG may tell its orientation behind its pixels
+        elif scans(data) > MAX_SCANS:
             raise ImageError(f"JPEG of more than {MAX_SCANS} scans, each of which takes as long as a picture")
-        image.load()
-        upright = UPRIGHT.get(orientation(image))
-        rgb = to_rgb(image)
-        return rgb if upright is None else rgb.transpose(upright)
+        size = (height, width) if orientation(image) >= 5 else (width, height)
+    return StoredPicture(size, name, image, len(data))
+
+
+def decode_image(data: bytes, max_pixels: int = 150_000_000) -> Image.Image:
+    """The upright RGB picture in JPEG, PNG or WebP bytes; of an animation, the first frame.
+
+    Transparency is laid on white; 16-bit values are scaled to 8 bits; colour profiles are ignored. The size is checked
+    in the header, before any pixel is decoded. Raises ImageError for anything but a complete picture of these formats
+    with at most `max_pixels`.
+    """
+    return open_picture(data, max_pixels).decode()
+
+
+@contextmanager
+def decoding(name: str, data_bytes: int) -> Iterator[None]:
+    """Makes an ImageError of whatever PIL raises inside the block."""
+    try:
+        yield
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -95,7 +145,20 @@ def decode_image(data: bytes, max_pixels: int = 150_000_000) -> Image.Image:
     # Damaged bytes make PIL raise nearly any type: OSError, SyntaxError, struct.error, zlib.error, EOFError, ...
     except Exception as error:
         reason = str(error) or type(error).__name__
-        raise ImageError(f"damaged or truncated {name} ({len(data)} bytes): {reason}; store it again") from error
+        raise ImageError(f"damaged or truncated {name} ({data_bytes} bytes): {reason}; store it again") from error
+
+
+def pixels_CHW(image: Image.Image) -> torch.Tensor:
+    """The pixels of an RGB picture, uint8 (C, H, W), to be read only, each pixel's channels side by side in memory.
+
+    The first three channels are red, green and blue. PIL keeps an unused byte behind them, which comes along as a
+    fourth channel where that saves a copy.
+    """
+    try:
+        flat = torch.from_dlpack(pyarrow.array(image).flatten())
+    except ValueError:  # PIL cuts large pictures into several blocks of memory, and Pillow < 11.3 shows none of them
+        flat = torch.from_numpy(np.array(image))
+    return flat.view(image.height, image.width, -1).permute(2, 0, 1)
 
 
 def scans(data: bytes) -> int:
@@ -134,7 +197,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGB", image.size, "white")
         white.paste(image, mask=image.getchannel("A"))
         return white
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def shrink(image: Image.Image, max_side_px: int) -> Image.Image:

@@ -148,7 +148,12 @@ def remove(url: str) -> None:
 def read_range(url: str, start: int, length: int) -> bytes:
     """Part of a file, by one request. Raises OSError where the file ends before the part does."""
     fs, path = file_system(url)
-    data = bytes(fs.cat_file(path, start=start, end=start + length))
+    if isinstance(fs, LocalFileSystem):  # fsspec would take four times as long
+        with open(path, "rb") as file:
+            file.seek(start)
+            data = file.read(length)
+    else:
+        data = bytes(fs.cat_file(path, start=start, end=start + length))
     if len(data) != length:
         raise OSError(f"{url}: holds {len(data)} of the {length} bytes from {start} on; was it changed meanwhile?")
     return data

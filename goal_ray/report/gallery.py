@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from goal_ray.errors import GoalRayError
 from goal_ray.pages.pictures import Picture, draw_picture
-from goal_ray.tars import SampleIndex, expand_shards, shard_name
-from goal_ray.train.scan import read_sample, scan_shard
+from goal_ray.tars import expand_shards, shard_name
+from goal_ray.train.scan import ShardIndex, read_sample, scan_shard
 
 
 @dataclass
@@ -28,28 +28,28 @@ def draw_gallery(shards: str, images: int, seed: int) -> Gallery:
     gallery = Gallery(shards)
     source = draw_samples(expand_shards(shards), random.Random(seed), gallery.skipped)
     while len(gallery.pictures) < images and (drawn := next(source, None)):
-        url, entry = drawn
+        url, index, number = drawn
         try:
-            gallery.pictures.append(draw_picture(read_sample(url, entry), shard_name(url)))
+            gallery.pictures.append(draw_picture(read_sample(url, index, number), shard_name(url)))
         except (GoalRayError, OSError) as error:
             gallery.skipped.append(str(error))
     return gallery
 
 
-def draw_samples(urls: Sequence[str], rng: random.Random, skipped: list[str]) -> Iterator[tuple[str, SampleIndex]]:
-    """Paired samples in a random order, one of each tar in turn: a tar's headers are read when its turn comes.
+def draw_samples(urls: Sequence[str], rng: random.Random, skipped: list[str]) -> Iterator[tuple[str, ShardIndex, int]]:
+    """Paired samples by tar and number, in a random order, one of each tar in turn: its headers are read then.
 
     Samples that cannot be used, and tars that cannot be read, go to `skipped`.
     """
 
-    def shuffled(url: str) -> Iterator[tuple[str, SampleIndex]]:
+    def shuffled(url: str) -> Iterator[tuple[str, ShardIndex, int]]:
         try:
-            usable, bad = scan_shard(url, needs_pairs=True)
+            index = scan_shard(url, needs_pairs=True)
         except (GoalRayError, OSError) as error:
             skipped.append(str(error))
             return
-        skipped.extend(f"{shard_name(url)}: {record['reason']}" for record in bad)
-        yield from ((url, entry) for entry in rng.sample(usable, len(usable)))
+        skipped.extend(f"{shard_name(url)}: {record['reason']}" for record in index.bad)
+        yield from ((url, index, number) for number in rng.sample(range(len(index)), len(index)))
 
     waiting = deque(shuffled(url) for url in rng.sample(urls, len(urls)))
     while waiting:

@@ -1,12 +1,20 @@
-"""Which samples of the shards can be trained on, from the tars' headers alone. No torch here: it runs in many tasks."""
+"""Which samples of the shards can be trained on, and where they lie, from the tars' headers alone.
+
+No torch here: it runs in many tasks.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from goal_ray.errors import ShardError
-from goal_ray.storage import open_read
+from goal_ray.storage import read_range
 from goal_ray.tars import (
     CAPTION_EXTENSION,
+    IMAGE_EXTENSIONS,
     PAIRS_EXTENSION,
     Sample,
     SampleIndex,
@@ -15,28 +23,70 @@ from goal_ray.tars import (
 )
 
 QUARANTINE_FILE = "quarantine.jsonl"
+EXTENSIONS = (*IMAGE_EXTENSIONS, CAPTION_EXTENSION, PAIRS_EXTENSION)
+MEMBERS = 3
 
 
-@lru_cache(maxsize=64)
-def scan_shard(url: str, needs_pairs: bool) -> tuple[list[SampleIndex], list[dict[str, str]]]:
-    """The usable samples of a tar and the records of the others.
+@dataclass(frozen=True)
+class ShardIndex:
+    """The usable samples of a tar, S of them, and where their members lie.
 
-    Raises ShardError on a corrupt tar.
+    keys_S       keys, UTF-8
+    members_SM   which of EXTENSIONS, uint8 (S, 3): picture, caption, pairs
+    places_SM2   (offset, size) of these members in the tar, bytes, int64 (S, 3, 2); size -1 where there are no pairs
+    bad          the records of the samples that are not usable
+
+    About 70 bytes a sample: 0.7 MB for a tar of 10,000, 7 GB for 10,000 of those, which therefore stay in Ray's object
+    stores, where the tars were scanned. A reader asks for those of the shards that are mixed at the time, and sees them
+    in shared memory.
     """
-    usable, bad = [], []
-    needed = [CAPTION_EXTENSION, *([PAIRS_EXTENSION] if needs_pairs else [])]
+
+    keys_S: np.ndarray
+    members_SM: np.ndarray
+    places_SM2: np.ndarray
+    bad: list[dict[str, str]]
+
+    def __len__(self) -> int:
+        return len(self.keys_S)
+
+    def key(self, number: int) -> str:
+        """The key of a usable sample."""
+        return self.keys_S[number].decode(errors="surrogateescape")
+
+
+def scan_shard(url: str, needs_pairs: bool) -> ShardIndex:
+    """Finds the usable samples of a tar. Raises ShardError on a corrupt one."""
+    keys, members, places = [], [], []
+    bad = []
     for sample in index_shard(url):
         try:
-            image_extension(sample.key, sample.members, sample.repeated)
-            for extension in needed:
-                if extension not in sample.members or extension in sample.repeated:
-                    remedy = "; run `goal-ray lism` on these shards" if extension == PAIRS_EXTENSION else ""
-                    raise ShardError(f"sample {sample.key!r} needs exactly one .{extension} member{remedy}")
+            present = needed_members(sample, needs_pairs)
         except ShardError as error:
             bad.append(bad_record(url, sample.key, "scan", error))
-        else:
-            usable.append(sample)
-    return usable, bad
+            continue
+        keys.append(sample.key.encode(errors="surrogateescape"))
+        members.append([EXTENSIONS.index(extension) for extension in present])
+        places.append([sample.members.get(extension, (0, -1)) for extension in present])
+    return ShardIndex(
+        np.array(keys, np.bytes_),
+        np.array(members, np.uint8).reshape(-1, MEMBERS),
+        np.array(places, np.int64).reshape(-1, MEMBERS, 2),
+        bad,
+    )
+
+
+def needed_members(sample: SampleIndex, needs_pairs: bool) -> tuple[str, str, str]:
+    """The extensions of a usable sample's picture, caption and pairs. Raises ShardError for one that is not usable."""
+    picture = image_extension(sample.key, sample.members, sample.repeated)
+    for extension in (CAPTION_EXTENSION, *([PAIRS_EXTENSION] if needs_pairs else [])):
+        if extension not in sample.members or extension in sample.repeated:
+            remedy = "; run `goal-ray lism` on these shards" if extension == PAIRS_EXTENSION else ""
+            raise ShardError(f"sample {sample.key!r} needs exactly one .{extension} member{remedy}")
+    return picture, CAPTION_EXTENSION, PAIRS_EXTENSION
+
+
+# Windows overlap where a batch spans two of them: twice the shards that are mixed by default.
+own_scan = lru_cache(maxsize=32)(scan_shard)
 
 
 def bad_record(url: str, key: str, stage: str, error: Exception) -> dict[str, str]:
@@ -49,33 +99,58 @@ def describe_bad(record: dict[str, str]) -> str:
     return f"{record['shard']}: {record['key']!r}: {record['reason']}"
 
 
-def scan_shards(urls: Sequence[str], needs_pairs: bool) -> tuple[list[int], list[dict[str, str]]]:
-    """Usable samples per tar and the records of all unusable ones; the tars are scanned in parallel, on Ray.
+class Scan(NamedTuple):
+    """What the scan of all shards found.
 
-    Raises ShardError on a corrupt tar.
+    counts   usable samples per tar
+    bad      the records of all others
+    indexes  for each tar, Ray's reference to its ShardIndex
     """
+
+    counts: list[int]
+    bad: list[dict[str, str]]
+    indexes: tuple[Any, ...]
+
+
+def index_shards(urls: Sequence[str], needs_pairs: bool) -> Scan:
+    """Scans the tars in parallel, on Ray. Raises ShardError on a corrupt tar."""
     import ray
 
-    @ray.remote
-    def scan(url: str) -> tuple[int, list[dict[str, str]]]:
-        usable, bad = scan_shard(url, needs_pairs)
-        return len(usable), bad
+    @ray.remote(num_returns=2)
+    def scan(url: str) -> tuple[tuple[int, list[dict[str, str]]], ShardIndex]:
+        index = scan_shard(url, needs_pairs)
+        return (len(index), index.bad), index
 
+    found: list[Any] = [scan.remote(url) for url in urls]
     try:
-        results = ray.get([scan.remote(url) for url in urls])
+        results = ray.get([summary for summary, _ in found])
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
-    return [count for count, _ in results], [record for _, records in results for record in records]
+    return Scan(
+        [count for count, _ in results],
+        [record for _, records in results for record in records],
+        tuple(index for _, index in found),
+    )
 
 
-def read_sample(url: str, entry: SampleIndex) -> Sample:
-    """Reads the members that training uses, and no others."""
-    picture = image_extension(entry.key, entry.members, entry.repeated)
-    members = {}
-    with open_read(url) as file:
-        for extension in (picture, CAPTION_EXTENSION, PAIRS_EXTENSION):
-            if extension in entry.members:
-                offset, size = entry.members[extension]
-                file.seek(offset)
-                members[extension] = file.read(size)
-    return Sample(entry.key, members, entry.repeated)
+def scan_shards(urls: Sequence[str], needs_pairs: bool) -> tuple[list[int], list[dict[str, str]]]:
+    """`index_shards` without the indexes."""
+    scan = index_shards(urls, needs_pairs)
+    return scan.counts, scan.bad
+
+
+def read_sample(url: str, index: ShardIndex, number: int) -> Sample:
+    """Reads the members that training uses, by one request: they stand side by side in the tar.
+
+    What stands between them is read too, and dropped. Raises OSError where the tar ends before them.
+    """
+    places_M2 = index.places_SM2[number]
+    present = places_M2[:, 1] >= 0
+    start = int(places_M2[present, 0].min())
+    data = memoryview(read_range(url, start, int(places_M2[present].sum(axis=1).max()) - start))
+    members = {
+        EXTENSIONS[extension]: bytes(data[offset - start : offset - start + size])
+        for extension, (offset, size) in zip(index.members_SM[number].tolist(), places_M2.tolist(), strict=True)
+        if size >= 0
+    }
+    return Sample(index.key(number), members)

@@ -25,7 +25,7 @@ def make_reader(folder, tiny_clip, rank=0, ranks=1, pairs=1, loss=None, accumula
     urls = tuple(expand_shards(str(folder)))
     loss = loss or LossConfig()
     config = TrainConfig(ModelConfig(tiny_clip), DataConfig(str(folder), pairs_per_image=pairs), loss)
-    counts = tuple(len(scan_shard(url, loss.needs_pairs)[0]) for url in urls)
+    counts = tuple(len(scan_shard(url, loss.needs_pairs)) for url in urls)
     order = BatchOrder(counts, BATCH * ranks * accumulate, seed=3, window_shards=16)
     builder = pickle.dumps(build_examples(config, load_model(config.model)))
     return BatchReader(urls, order, rank, ranks, accumulate, builder)
