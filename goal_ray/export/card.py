@@ -115,7 +115,7 @@ def losses(run: RunRecords) -> list[tuple[str, str]]:
     if not run.metrics:
         return []
     last = run.metrics[-1]
-    weighted = [name for name, weight in zip(TERMS, run.config.loss.weights, strict=True) if weight]
+    weighted = [name for name, weight in zip(TERMS, run.config.loss.configured, strict=True) if weight]
     named = {"loss": last["loss"], **{f"loss_{name}": last.get(f"loss_{name}") for name in weighted}}
     return [(name, f"{value:.4f}") for name, value in named.items() if value is not None]
 
