@@ -1,6 +1,7 @@
 """The settings of a training run; the class docstrings are the documentation that --help prints."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -102,12 +103,11 @@ class EvaluationConfig:
     gpus: int = 0
 
     def __post_init__(self) -> None:
-        *ranking, direction, name = self.metric.split(".")
-        names = ("R@1", "R@5", "R@25", "R@50", "mAP", "median_rank")
-        known = ranking in ([], ["local"], ["joint"]) and direction in ("text_to_image", "image_to_text")
-        if not known or name not in names:
+        names = "R@1|R@5|R@25|R@50|mAP|median_rank"
+        known = re.fullmatch(rf"(local\.|joint\.)?(text_to_image|image_to_text)\.({names})", self.metric)
+        if known is None:
             raise ValueError(f"metric {self.metric!r} is unknown; it is [local.|joint.]text_to_image.R@1 or the like")
-        if ranking and not self.pairs:
+        if known[1] and not self.pairs:
             raise ValueError(f"metric {self.metric} needs pairs; set pairs to 1 or more")
         if self.pairs < 0 or self.cpus < 1 or self.gpus < 0:
             raise ValueError("pairs and gpus must not be negative, cpus at least 1")

@@ -128,7 +128,6 @@ def run_steps(job: Job, rank: int, ranks: int, device: torch.device) -> None:
             writer.save(engine, loaded, done)
         report(job, rank, window.arrived(wait=True))
         writer.wait()
-    job.send({"end": done})
 
 
 def train_step(engine: Any, micro_batch: MicroBatch, kind: str, weights: Sequence[float]) -> torch.Tensor:

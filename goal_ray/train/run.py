@@ -102,10 +102,10 @@ def train(config: TrainConfig, resume: bool = False) -> TrainResult:
     run_dir = Path(config.storage_path).absolute() / config.name
     check_run(run_dir, config, resume)
     busy_cpus = config.max_workers + (config.evaluation.cpus if held_out else 0)
-    with ProgressLine(config.name) as line, interruption() as interrupted:
+    with ProgressLine(config.name) as line:
         resume_from = newest_intact(run_dir, line.say) if resume else None
         line.show("starting Ray")
-        with ray_session(busy_cpus):
+        with ray_session(busy_cpus), interruption() as interrupted:  # in this order: Ray sets a handler of its own
             line.show("scanning the shards")
             counts, bad, indexes = index_shards(urls, config.loss.needs_pairs)
             samples = sum(counts) + len(bad)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import open_clip
+import psutil
 import pytest
 import torch
 from paired_shards import write_shards
@@ -21,12 +22,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from goal_ray.config import load_config, to_yaml
 from goal_ray.errors import StageError
 from goal_ray.model import ModelConfig
-from goal_ray.train.config import DataConfig, OptimizerConfig, TrainConfig
 from goal_ray.train.attempts import WorkerDied, own_error
+from goal_ray.train.config import DataConfig, EvaluationConfig, OptimizerConfig, TrainConfig
+from goal_ray.train.recorder import read_records
 from goal_ray.train.run import train
 
 UNREADABLE = ["0-3", "1-5"]
-STEPS, SAVED, KILLED = 12, 5, 7
+STEPS, SAVED, KILLED = 24, 5, 7
 
 
 def read_lines(path):
@@ -35,7 +37,7 @@ def read_lines(path):
 
 @pytest.fixture(scope="module")
 def undisturbed(request, tmp_path_factory, tiny_clip):
-    """(config, result) of a run of 3 epochs of 4 steps on 2 workers; 2 of the 37 pictures are unreadable."""
+    """(config, result) of a run of 6 epochs of 4 steps on 2 workers; 2 of the 37 pictures are unreadable."""
     request.getfixturevalue("cluster")
     folder = tmp_path_factory.mktemp("train")
     config = TrainConfig(
@@ -44,10 +46,11 @@ def undisturbed(request, tmp_path_factory, tiny_clip):
         optimizer=OptimizerConfig(lr=1e-3, warmup_steps=3),
         batch_per_worker=4,
         workers=2,
-        epochs=3,
+        epochs=6,
         precision="fp32",
         device="cpu",
         checkpoint_every=SAVED,
+        keep_checkpoints=9,
         log_every=1,
         storage_path=str(folder / "runs"),
     )
@@ -103,7 +106,9 @@ def resumed(undisturbed, tmp_path_factory):
     """The run as a kill after step 7 leaves it, its last checkpoint at step 5, resumed on 1 worker instead of 2."""
     config, result = undisturbed
     config = replace(config, storage_path=str(tmp_path_factory.mktemp("killed")), workers=1, batch_per_worker=8)
-    ignored = shutil.ignore_patterns("model", "result.json", "ray", "step-00000010", f"step-{STEPS:08d}")
+    ignored = shutil.ignore_patterns(
+        "model", "result.json", "ray", "step-00000010", "step-00000015", "step-00000020", f"step-{STEPS:08d}"
+    )
     killed = shutil.copytree(result.run_dir, Path(config.storage_path) / config.name, ignore=ignored)
     lines = (result.run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
     (killed / "metrics.jsonl").write_text("".join(lines[:KILLED]) + lines[KILLED][:50])
@@ -124,33 +129,128 @@ def test_a_resumed_run_quarantines_nothing_twice_and_adds_its_time(resumed, metr
     assert resumed.seconds > metrics[SAVED - 1]["seconds"]
 
 
-def test_a_killed_driver_leaves_a_run_that_goes_on(undisturbed, metrics, tmp_path):
+def start_driver(config, folder) -> subprocess.Popen:
+    """`python -m goal_ray.train` on the session's cluster."""
     import ray
 
-    config = replace(undisturbed[0], storage_path=str(tmp_path))
-    path, run_dir = tmp_path / "train.yaml", tmp_path / config.name
+    path = folder / "train.yaml"
     path.write_text(to_yaml(config))
-    driver = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-m", "goal_ray.train", str(path)],
         env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address},
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    try:
-        deadline = time.monotonic() + 180
-        while not (run_dir / "checkpoints" / f"step-{SAVED:08d}").exists():
-            assert driver.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-    finally:
-        driver.kill()
-    assert driver.wait() == -signal.SIGKILL
-    assert not (run_dir / "result.json").exists()
 
-    train(config, resume=True)
+
+def wait_for(condition, driver) -> None:
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert driver.poll() is None, driver.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def logged(run_dir) -> int:
+    """The last step that a run has logged."""
+    records = read_records(run_dir / "metrics.jsonl")
+    return records[-1]["step"] if records else 0
+
+
+def worker_pids() -> list[int]:
+    """The processes of Ray Train's workers on this machine."""
+    return [process.pid for process in psutil.process_iter() if "RayTrainWorker" in " ".join(process.cmdline())]
+
+
+def assert_same_curve(run_dir, metrics) -> None:
+    """Every step once, with the very numbers of the undisturbed run: the same samples, on the same workers."""
     again = read_lines(run_dir / "metrics.jsonl")
     assert [record["step"] for record in again] == list(range(1, STEPS + 1))
-    assert [record["loss"] for record in again] == pytest.approx([record["loss"] for record in metrics], rel=1e-4)
+    for name in ("loss", "loss_global", "loss_local", "loss_tsl_image", "loss_tsl_text", "grad_norm", "lr", "epoch"):
+        assert [record[name] for record in again] == [record[name] for record in metrics], name
     assert sorted(record["key"] for record in read_lines(run_dir / "quarantine.jsonl")) == UNREADABLE
+
+
+def test_a_run_goes_on_by_itself_when_a_worker_is_killed_and_later_when_the_driver_is(undisturbed, metrics, tmp_path):
+    config = replace(undisturbed[0], storage_path=str(tmp_path))
+    run_dir = tmp_path / config.name
+    with start_driver(config, tmp_path) as driver:
+        wait_for(lambda: logged(run_dir) > SAVED, driver)
+        os.kill(worker_pids()[0], signal.SIGKILL)
+        wait_for(lambda: logged(run_dir) <= SAVED, driver)
+        wait_for(lambda: (run_dir / "checkpoints" / f"step-{2 * SAVED:08d}").exists(), driver)
+        driver.kill()
+        said = driver.stderr.read()
+    assert driver.returncode == -signal.SIGKILL
+    assert "restart 1 of 3" in said
+    assert not (run_dir / "result.json").exists()
+    result = train(config, resume=True)
+    assert_same_curve(run_dir, metrics)
+    assert result.steps == STEPS
+    cost = json.loads((run_dir / "cost.json").read_text())
+    assert cost["steps"] > STEPS  # what was done twice was paid for twice
+
+
+def test_a_signalled_run_saves_ends_and_goes_on_past_a_damaged_checkpoint(undisturbed, metrics, tmp_path, capsys):
+    config = replace(undisturbed[0], storage_path=str(tmp_path), checkpoint_every=100)
+    run_dir = tmp_path / config.name
+    with start_driver(replace(config, checkpoint_every=2), tmp_path) as driver:
+        wait_for(lambda: logged(run_dir) >= 3, driver)
+        driver.send_signal(signal.SIGTERM)
+        _, said = driver.communicate(timeout=120)
+    assert driver.returncode == 2
+    step = int(re.search(r"ended by a signal after step (\d+) of 24, which is saved; go on with --resume", said)[1])
+    assert 3 <= step < STEPS
+    newest = run_dir / "checkpoints" / f"step-{step:08d}" / "optimizer.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data)
+    train(config, resume=True)
+    assert f"step-{step:08d} is damaged (optimizer.safetensors is not what was written)" in capsys.readouterr().err
+    assert_same_curve(run_dir, metrics)
+
+
+def test_the_best_checkpoint_is_exported_and_a_run_that_no_longer_gets_better_ends(undisturbed, tmp_path):
+    config, _ = undisturbed
+    held_out = str(write_shards(tmp_path / "held-out", (9,)))
+    config = replace(
+        config,
+        optimizer=OptimizerConfig(lr=1e-9, warmup_steps=0),
+        evaluation=EvaluationConfig(held_out, pairs=1, metric="joint.text_to_image.mAP", patience=1),
+        storage_path=str(tmp_path),
+        keep_checkpoints=1,
+        checkpoint_every=2,
+        epochs=500,
+    )
+    ended = train(config)
+    assert 4 <= ended.steps < 2000
+    history = read_lines(ended.run_dir / "evaluations.jsonl")
+    assert [record["step"] for record in history][:2] == [2, 4]
+    # Nothing moves at this learning rate, so the first is the best, and it stays beside the newest.
+    assert ended.best_step == 2
+    kept = sorted(path.name for path in (ended.run_dir / "checkpoints").iterdir())
+    assert kept == ["step-00000002", f"step-{ended.steps:08d}"]
+    assert (ended.model_dir / "open_clip_model.safetensors").read_bytes() == (
+        ended.run_dir / "checkpoints" / "step-00000002" / "open_clip_model.safetensors"
+    ).read_bytes()
+    events = EventAccumulator(str(ended.run_dir / "tensorboard")).Reload()
+    assert "evaluation/joint.text_to_image.mAP" in events.Tags()["scalars"]
+    assert train(config, resume=True) == ended
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_the_samples_named(undisturbed, tmp_path):
+    config, _ = undisturbed
+    config = replace(
+        config, optimizer=OptimizerConfig(lr=1e30, warmup_steps=0, clip_norm=0), storage_path=str(tmp_path)
+    )
+    with pytest.raises(StageError, match=r"the loss of step \d+ is not finite.*nonfinite-step-.*lower optimizer.lr"):
+        train(replace(config, workers=1, batch_per_worker=8))
+    (place,) = (tmp_path / config.name).glob("nonfinite-step-*.json")
+    steps = json.loads(place.read_text())
+    assert list(steps) == [str(int(place.stem[-8:]) - 1), str(int(place.stem[-8:]))]
+    for samples in steps.values():
+        assert len({sample["key"] for sample in samples}) == len(samples) == 8
+    assert not list((tmp_path / config.name).glob("checkpoints/step-*"))
 
 
 def test_resuming_a_finished_run_changes_nothing(undisturbed):

@@ -1,0 +1,88 @@
+"""Checkpoint folders: which are whole, which one a run goes on from, which stay."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from goal_ray.errors import StageError
+from goal_ray.train.checkpoint import file_mark, find_damage, newest_intact, prune_checkpoints
+
+FILES = ("open_clip_model.safetensors", "optimizer.safetensors")
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A run with checkpoints after steps 2, 4, 6 and 8."""
+    for step in (2, 4, 6, 8):
+        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "open_clip_config.json").write_text("{}")
+        for name in FILES:
+            save_file({"x": torch.full((100,), float(step))}, folder / name)
+        files = {path.name: file_mark(path) for path in folder.iterdir()}
+        (folder / "state.json").write_text(json.dumps({"step": step, "files": files}))
+    return tmp_path
+
+
+def steps(run_dir) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in sorted((run_dir / "checkpoints").iterdir())]
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def grow(file):
+    file.write_bytes(file.read_bytes() + b"\0")
+
+
+@pytest.mark.parametrize("name", [*FILES, "open_clip_config.json", "state.json"])
+@pytest.mark.parametrize("harm", [cut, flip, grow, lambda file: file.unlink()], ids=["cut", "flip", "grow", "gone"])
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(run_dir, name, harm):
+    newest = run_dir / "checkpoints" / "step-00000008"
+    harm(newest / name)
+    said = []
+    assert newest_intact(run_dir, said.append) == run_dir / "checkpoints" / "step-00000006"
+    # Without its state file it never was a checkpoint.
+    gone = not (newest / "state.json").exists()
+    assert gone == (not said)
+    assert all("step-00000008 is damaged" in line for line in said)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew_by_itself(run_dir):
+    for folder in (run_dir / "checkpoints").iterdir():
+        cut(folder / FILES[0])
+    with pytest.raises(StageError, match="every checkpoint is damaged; delete"):
+        newest_intact(run_dir, lambda _: None)
+
+
+def test_a_run_without_checkpoints_begins_at_the_start(tmp_path):
+    assert newest_intact(tmp_path, lambda _: None) is None
+
+
+def test_a_checkpoint_of_an_earlier_version_without_checksums_is_whole(run_dir):
+    folder = run_dir / "checkpoints" / "step-00000008"
+    (folder / "state.json").write_text('{"step": 8}')
+    assert find_damage(folder) is None
+
+
+@pytest.mark.parametrize(
+    ("keep", "needed", "left"), [(1, (), [8]), (2, (2,), [2, 6, 8]), (3, (8,), [4, 6, 8]), (9, (), [2, 4, 6, 8])]
+)
+def test_the_newest_and_the_needed_stay(run_dir, keep, needed, left):
+    prune_checkpoints(run_dir, keep, needed)
+    assert steps(run_dir) == left
+
+
+def test_what_an_interrupted_deletion_left_goes_too(run_dir):
+    (run_dir / "checkpoints" / "step-00000002" / "state.json").unlink()
+    prune_checkpoints(run_dir, 9, ())
+    assert steps(run_dir) == [4, 6, 8]

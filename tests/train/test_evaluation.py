@@ -1,0 +1,85 @@
+"""What a run makes of its evaluations: the best checkpoint, what must stay, when to end. No Ray: results are given."""
+
+import json
+
+import pytest
+
+from goal_ray.train.config import EvaluationConfig
+from goal_ray.train.evaluation import HISTORY_FILE, Evaluations, flatten
+
+METRIC = "text_to_image.R@1"
+
+
+def evaluations(run_dir, curve: dict[int, float], metric=METRIC, there=None, **settings) -> Evaluations:
+    """The evaluations of a run whose checkpoints after some steps are there, resumed with a history."""
+    for step in curve if there is None else there:
+        folder = run_dir / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(json.dumps({"step": step}))
+    lines = [json.dumps({"step": step, metric: value}) + "\n" for step, value in curve.items()]
+    (run_dir / HISTORY_FILE).write_text("".join(lines))
+    config = EvaluationConfig("held-out", metric=metric, pairs=1, **settings)
+    return Evaluations(run_dir, config, lambda *_: None, lambda _: None)
+
+
+def test_the_best_is_the_earliest_of_the_highest(tmp_path):
+    assert evaluations(tmp_path, {2: 10.0, 4: 30.0, 6: 30.0, 8: 20.0}).best == 4
+
+
+def test_the_best_rank_is_the_lowest(tmp_path):
+    assert evaluations(tmp_path, {2: 9.0, 4: 3.0, 6: 5.0}, metric="joint.image_to_text.median_rank").best == 4
+
+
+def test_a_best_checkpoint_that_is_gone_is_not_the_best(tmp_path):
+    assert evaluations(tmp_path, {2: 10.0, 4: 30.0, 6: 20.0}, there=[2, 6]).best == 6
+
+
+def test_checkpoints_that_nobody_evaluated_yet_wait_and_stay(tmp_path):
+    found = evaluations(tmp_path, {2: 10.0, 4: 5.0}, there=[2, 4, 6, 8])
+    assert list(found.waiting) == [6, 8]
+    assert found.needed == {2, 6, 8}
+
+
+@pytest.mark.parametrize(
+    ("curve", "ends"),
+    [
+        ([10, 20, 30], False),
+        ([10, 30, 20], False),
+        ([10, 30, 20, 30], True),
+        ([30, 20, 10], True),
+        ([30, 20, 31], False),
+        ([30], False),
+    ],
+)
+def test_a_run_ends_after_two_evaluations_without_a_better_one(tmp_path, curve, ends):
+    found = evaluations(tmp_path, {2 * (at + 1): value for at, value in enumerate(curve)}, patience=2)
+    assert found.out_of_patience == ends
+
+
+def test_without_patience_a_run_goes_on(tmp_path):
+    assert not evaluations(tmp_path, {2: 30.0, 4: 10.0, 6: 10.0, 8: 1.0}).out_of_patience
+
+
+def test_metrics_have_dotted_names():
+    ranking = {"text_to_image": {"R@1": 1.0}, "image_to_text": {"R@1": 2.0}}
+    assert flatten({**ranking, "count": 9, "joint": ranking}) == {
+        "text_to_image.R@1": 1.0,
+        "image_to_text.R@1": 2.0,
+        "joint.text_to_image.R@1": 1.0,
+        "joint.image_to_text.R@1": 2.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"metric": "R@1"}, "metric 'R@1' is unknown"),
+        ({"metric": "text_to_image.R@7"}, "is unknown"),
+        ({"metric": "joint.text_to_image.mAP"}, "needs pairs"),
+        ({"patience": 2}, "needs held-out shards"),
+        ({"shards": "x", "patience": 0}, "patience must be at least 1"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        EvaluationConfig(**settings)
