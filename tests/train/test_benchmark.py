@@ -175,7 +175,7 @@ def test_switches_are_compared_with_the_given_settings(settings):
     }
     *_, given, turned = show_switches(result, "as given").splitlines()
     assert given.split() == ["as", "given", "1.000", "1.000", "2000.0", "1.00", "GiB"]
-    assert turned.split() == "compile on 0.750 (0.750 to 0.750) 2.000 1500.0 2.00 GiB".split()
+    assert turned.split() == ["compile", "on", "0.750", "(0.750", "to", "0.750)", "2.000", "1500.0", "2.00", "GiB"]
 
 
 @pytest.mark.parametrize("arguments", [["--batch", "1"], ["--steps", "0"], ["--switches", "speed"]])
