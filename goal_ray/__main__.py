@@ -13,6 +13,7 @@ STAGES = {
     "lism": "match each sentence of a caption to a region of its picture",
     "train": "fine-tune a CLIP with GOAL",
     "evaluate": "measure retrieval of a model on shards",
+    "export": "write a model for open_clip or transformers, with a model card",
     "report": "write one HTML page with curves, metrics and pictures",
 }
 

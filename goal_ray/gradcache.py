@@ -21,6 +21,8 @@ def split_batch(batch: GoalBatch, chunks: int) -> list[GoalBatch]:
     """
     if len(batch.images_B3SS) < chunks:
         raise ValueError(f"{len(batch.images_B3SS)} pictures cannot be cut into {chunks} chunks")
+    if chunks == 1:
+        return [batch]
     edges = [len(batch.images_B3SS) * part // chunks for part in range(chunks + 1)]
     pair_edges = torch.searchsorted(batch.sample_index_M, torch.tensor(edges)).tolist()
     parts = []

@@ -236,7 +236,9 @@ class GoalModel(nn.Module):
                 self.clip.logit_bias,
             )
             if features_only:
-                return features
+                # Copies: ZeRO-3 takes the parameters themselves away when the forward ends.
+                bias = None if features.logit_bias is None else features.logit_bias.clone()
+                return features._replace(logit_scale=features.logit_scale.clone(), logit_bias=bias)
             counts_R4 = gather_counts(count_batch(batch)) if batch.counts_R4 is None else batch.counts_R4
             if cached is None:
                 terms_2 = contrastive_terms(features, counts_R4.cpu(), self.config.contrastive)

@@ -4,16 +4,17 @@ One pass of a tower gives the pooled embedding and the tokens of the last block,
 """
 
 import json
-import logging
 import math
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import open_clip
 import torch
+from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import QuickGELU, TextTransformer, VisionTransformer, text_global_pool
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from goal_ray.config import strict
 from goal_ray.errors import ConfigError, ModelError
+from goal_ray.weights import empty_model, is_hf_folder, load_hf_folder, model_from_file
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -32,9 +34,10 @@ KEPT_POSITIONS = 20
 class ModelConfig:
     """Which CLIP, and from which weights.
 
-    name: an open_clip architecture (ViT-B-16), a .json file with one, or a folder that goal_ray or open_clip saved
-        (its weights are then the start)
-    weights: an open_clip pretrained tag or a weights file; empty starts from random weights
+    name: an open_clip architecture (ViT-B-16), a .json file with one, or a folder that goal_ray, open_clip or
+        transformers (CLIPModel) saved; a folder's weights are then the start
+    weights: an open_clip pretrained tag, or a weights file in the layout of open_clip, of Hugging Face's CLIPModel or
+        of OpenAI; empty starts from random weights
     context_length: text positions after Long-CLIP's stretch (248 for OpenAI's 77); empty leaves the model's own
     """
 
@@ -114,6 +117,11 @@ def image_tower(clip: nn.Module) -> VisionTransformer:
     if visual.image_size[0] != visual.image_size[1]:
         raise ModelError(f"the model reads {visual.image_size} pixels; only square input is supported")
     return visual
+
+
+def logit_scale(clip: Any) -> Tensor:
+    """What cosines are multiplied by, as the logarithm that the model learns."""
+    return clip.logit_scale.detach()
 
 
 def encode_image(clip: nn.Module, images_B3SS: Tensor) -> TowerOutput:
@@ -225,14 +233,15 @@ def load_model(config: ModelConfig, seed: int = 0) -> LoadedModel:
         torch.manual_seed(seed)
         try:
             if folder.is_dir():
-                clip, name, model_cfg = _load_folder(folder, config.weights)
+                clip, tokenizer, model_cfg = _load_folder(folder, config.weights)
             else:
                 name = _architecture_name(config.name)
                 model_cfg = open_clip.get_model_config(name)
                 clip = _create(name, config.weights)
+                tokenizer = open_clip.get_tokenizer(name)
         except UnpicklingError as error:
             raise ModelError(f"{config.weights}: refused, since it holds more than tensors: {error}") from None
-        except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, SafetensorError, BadZipFile) as error:
             # Weights that do not fit name every tensor.
             reason = textwrap.shorten(f"{type(error).__name__}: {error}", 500)
             raise ModelError(f"cannot load model {config.name!r} (weights {config.weights!r}): {reason}") from error
@@ -242,13 +251,14 @@ def load_model(config: ModelConfig, seed: int = 0) -> LoadedModel:
     model_cfg["text_cfg"]["context_length"] = text_tower(clip).positional_embedding.shape[0]
     if any(isinstance(module, QuickGELU) for module in clip.modules()):
         model_cfg["quick_gelu"] = True
-    tokenizer = open_clip.get_tokenizer(name)
     return LoadedModel(clip, tokenizer, model_cfg, open_clip.get_model_preprocess_cfg(clip))
 
 
 def _create(name: str, weights: str | None) -> nn.Module:
     """A model with the activation its weights were trained with; open_clip itself only warns of the wrong one."""
     tag = open_clip.get_pretrained_cfg(name, weights) if weights else {}
+    if weights and not tag and Path(weights).is_file():
+        return model_from_file(name, Path(weights))
     quick = bool(tag.get("quick_gelu")) if tag else None
     if quick is False and name.endswith("-quickgelu"):
         raise ModelError(
@@ -272,21 +282,23 @@ def _architecture_name(name: str) -> str:
     return name
 
 
-def _load_folder(folder: Path, weights: str | None) -> tuple[nn.Module, str, dict[str, Any]]:
+def _load_folder(folder: Path, weights: str | None) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """Model, tokenizer and architecture."""
     if weights is not None:
         raise ModelError(f"{folder} brings its own weights; leave model.weights empty")
+    if not (folder / CONFIG_FILE).is_file() and is_hf_folder(folder):
+        clip, model_cfg = load_hf_folder(folder)
+        return clip, SimpleTokenizer(context_length=model_cfg["text_cfg"]["context_length"]), model_cfg
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
-            raise ModelError(f"{folder}: no {file} in this folder; is it a checkpoint or an exported model?")
+            raise ModelError(
+                f"{folder}: no {file} in this folder; is it a checkpoint, an exported model or Hugging Face's CLIP?"
+            )
     name = f"local-dir:{folder}"
     model_cfg = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["model_cfg"]
-    logging.disable(logging.WARNING)  # open_clip would warn of random weights, which give way at once
-    try:
-        clip = open_clip.create_model(name, load_weights=False)
-    finally:
-        logging.disable(logging.NOTSET)
+    clip = empty_model(name)
     clip.load_state_dict(load_file(folder / WEIGHTS_FILE))
-    return clip, name, model_cfg
+    return clip, open_clip.get_tokenizer(name), model_cfg
 
 
 def save_model(folder: Path, loaded: LoadedModel, weights: dict[str, Tensor]) -> None:

@@ -24,6 +24,7 @@ class StepConfig:
     compile: torch.compile of the transformer blocks; minutes at the start, needs a C++ compiler; not with zero_stage=3
     checkpoint_activations: recompute the blocks in the backward pass: a third more arithmetic for far less memory
     channels_last: pictures and the patch convolution in NHWC
+    text_multiple: texts are padded to a multiple of so many tokens: few shapes to compile, aligned for tensor cores
     fused_adamw: the optimizer's update in one kernel over all parameters
     """
 
@@ -31,7 +32,12 @@ class StepConfig:
     compile: bool = False
     checkpoint_activations: bool = False
     channels_last: bool = False
+    text_multiple: int = 8
     fused_adamw: bool = True
+
+    def __post_init__(self) -> None:
+        if self.text_multiple < 1:
+            raise ValueError("text_multiple must be at least 1")
 
 
 class FusedAttention(nn.MultiheadAttention):

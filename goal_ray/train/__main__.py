@@ -10,8 +10,12 @@ from goal_ray.train.run import train
 DESCRIPTION = """Fine-tune a CLIP with GOAL on paired shards (from `goal-ray lism`).
 
 Runs on the Ray cluster of RAY_ADDRESS, which every `ray job submit` sets, or on a private one on this machine. The run
-folder, STORAGE_PATH/NAME, gets config.yaml, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, model/: a folder
-that plain open_clip loads as `local-dir:...`."""
+folder, STORAGE_PATH/NAME, gets config.yaml, metrics.jsonl, tensorboard/, checkpoints/, cost.json and, at the end,
+model/: a folder that plain open_clip loads as `local-dir:...`. With evaluation.shards every checkpoint is evaluated
+beside the training, and model/ is the best one.
+
+Workers that die are started again from the newest checkpoint. SIGTERM makes the run save a checkpoint and end; --resume
+goes on with it, as it does after a kill, mid-epoch, with the samples that an undisturbed run would have seen."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -21,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
     options = command.parse_intermixed_args(arguments)
     result = train(load_config(TrainConfig, options.config, options.settings), resume=options.resume)
-    print(f"trained {result.steps} steps in {result.seconds:.0f} s; model: {result.model_dir}")
+    best = "" if result.best_step is None else f", as of step {result.best_step}, the best"
+    print(f"trained {result.steps} steps in {result.seconds:.0f} s; model: {result.model_dir}{best}")
+    print(f"cost: {result.cost}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
 """Checkpoints: full fp32 tensors in safetensors, whatever the ZeRO stage and the number of workers were.
 
 `RUN/checkpoints/step-00000100/` holds an open_clip model folder (plain open_clip loads it as `local-dir:`), the AdamW
-averages by parameter name, and the step. Loading runs no code from the file, and any stage or worker count can go on.
+averages by parameter name, the step, and every file's size and checksum. Loading runs no code from the file, and any
+stage or worker count can go on.
 """
 
 import json
 import os
 import shutil
+import zlib
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +26,17 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 AVERAGES = ("exp_avg", "exp_avg_sq")
 SCALARS = ("logit_scale", "logit_bias")
+CHUNK_BYTES = 1 << 24
 
 
 def checkpoint_folders(run_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     return sorted(path.parent for path in (run_dir / "checkpoints").glob(f"step-*/{STATE_FILE}"))
+
+
+def checkpoint_folder(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps lies."""
+    return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
 def resolve_checkpoint(path: Path) -> Path:
@@ -46,22 +56,117 @@ def read_step(folder: Path) -> int:
     return int(json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["step"])
 
 
-def check_checkpoint(folder: Path) -> None:
-    """Raises StageError for a checkpoint that lost a file or the end of one, from headers and sizes alone."""
+def newest_intact(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose files are whole; `warn` is told of every damaged one that is passed over.
+
+    Raises StageError where there are checkpoints, but all are damaged.
+    """
+    folders = checkpoint_folders(run_dir)
+    for folder in reversed(folders):
+        damage = find_damage(folder)
+        if damage is None:
+            return folder
+        warn(f"{folder} is damaged ({damage}); going on from the checkpoint before it")
+    if folders:
+        raise StageError(f"{run_dir}: every checkpoint is damaged; delete {run_dir / 'checkpoints'} to start anew")
+    return None
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, by their sizes and checksums; None where nothing is."""
     try:
-        read_step(folder)
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        int(state["step"])
         json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         for name in (WEIGHTS_FILE, OPTIMIZER_FILE):
             with safe_open(folder / name, "pt"):
                 pass
+        for name, expected in state.get("files", {}).items():
+            if file_mark(folder / name) != expected:
+                return f"{name} is not what was written"
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise StageError(
-            f"{folder} is damaged ({error}); delete this folder to go on from the checkpoint before it"
-        ) from None
+        return str(error)
+    return None
 
 
-def save_checkpoint(run_dir: Path, engine: Any, loaded: LoadedModel, step: int) -> Path:
-    """Saves the state after `step` steps; every rank must call it. The folder appears complete or not at all."""
+def file_mark(path: Path) -> list[int]:
+    """A file's size in bytes and its CRC-32."""
+    size = crc = 0
+    with path.open("rb") as file:
+        while block := file.read(CHUNK_BYTES):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return [size, crc]
+
+
+def prune_checkpoints(run_dir: Path, keep: int, needed: Collection[int]) -> None:
+    """Deletes all checkpoints but the newest `keep` and those of the steps that are `needed`."""
+    for folder in checkpoint_folders(run_dir)[:-keep]:
+        if read_step(folder) not in needed:
+            # Without its state file it is no checkpoint any more, should this be interrupted.
+            (folder / STATE_FILE).unlink()
+            shutil.rmtree(folder)
+    for folder in (run_dir / "checkpoints").glob("step-*"):
+        if not (folder / STATE_FILE).exists():
+            shutil.rmtree(folder)
+
+
+class CheckpointWriter:
+    """Saves checkpoints in the background: the step waits while the tensors are copied to the host, not for the disk.
+
+    saved  called with the step once a checkpoint is complete, on the lead rank
+    """
+
+    def __init__(self, run_dir: Path, saved: Callable[[int], None]):
+        self.run_dir = run_dir
+        self.saved = saved
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.writing: Future[None] | None = None
+
+    def save(self, engine: Any, loaded: LoadedModel, step: int) -> None:
+        """Saves the state after `step` steps; every rank must call it. The folder appears complete or not at all.
+
+        Waits for the checkpoint before it, and raises what that one met.
+        """
+        self.wait()
+        tensors = gather_state(engine, loaded)
+        if tensors is not None:
+            self.writing = self.pool.submit(self._write, loaded, *tensors, step)
+
+    def wait(self) -> None:
+        """Waits until the last checkpoint is complete; raises what it met."""
+        if self.writing is not None:
+            self.writing.result()
+            self.writing = None
+
+    def _write(
+        self, loaded: LoadedModel, weights: dict[str, torch.Tensor], averages: dict[str, torch.Tensor], step: int
+    ) -> None:
+        broken = [name for name, tensor in {**weights, **averages}.items() if not tensor.isfinite().all()]
+        if broken:
+            raise StageError(
+                f"after step {step} {broken[0]} and {len(broken) - 1} more tensors hold NaN or infinite values; no "
+                "checkpoint was made of them; lower optimizer.lr, then go on with --resume"
+            )
+        final = checkpoint_folder(self.run_dir, step)
+        partial = final.with_name(f".{final.name}.tmp")
+        shutil.rmtree(partial, ignore_errors=True)
+        save_model(partial, loaded, weights)
+        save_file(averages, partial / OPTIMIZER_FILE)
+        files = {path.name: file_mark(path) for path in sorted(partial.iterdir())}
+        (partial / STATE_FILE).write_text(json.dumps({"step": step, "files": files}), encoding="utf-8")
+        for path in partial.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        self.saved(step)
+
+
+def gather_state(engine: Any, loaded: LoadedModel) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None:
+    """Weights (buffers with them) and averages, full fp32 tensors on the host, on rank 0; None on the others.
+
+    Every rank must call it.
+    """
     lead = not dist.is_initialized() or dist.get_rank() == 0
     weights: dict[str, torch.Tensor] = {}
     averages: dict[str, torch.Tensor] = {}
@@ -72,20 +177,12 @@ def save_checkpoint(run_dir: Path, engine: Any, loaded: LoadedModel, step: int) 
             if lead:
                 target = weights if key is None else averages
                 shape = () if name in SCALARS and not loaded.model_cfg.get("nonscalar_logit_scale") else full.shape
-                target[name if key is None else f"{key}.{name}"] = full.detach().float().cpu().reshape(shape).clone()
-    final = run_dir / "checkpoints" / f"step-{step:08d}"
-    if lead:
-        buffers = {name: b for name, b in loaded.clip.state_dict().items() if name not in weights}
-        partial = final.with_name(f".{final.name}.tmp")
-        shutil.rmtree(partial, ignore_errors=True)
-        save_model(partial, loaded, {**weights, **buffers})
-        save_file(averages, partial / OPTIMIZER_FILE)
-        (partial / STATE_FILE).write_text(json.dumps({"step": step}), encoding="utf-8")
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-    if dist.is_initialized():
-        dist.barrier()
-    return final
+                copied = full.detach().to("cpu", torch.float32, copy=True)
+                target[name if key is None else f"{key}.{name}"] = copied.reshape(shape)
+    if not lead:
+        return None
+    buffers = {name: b.detach().cpu().clone() for name, b in loaded.clip.state_dict().items() if name not in weights}
+    return {**weights, **buffers}, averages
 
 
 def load_averages(folder: Path, engine: Any, clip: torch.nn.Module) -> None:

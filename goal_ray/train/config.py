@@ -8,6 +8,7 @@ from goal_ray.config import strict
 from goal_ray.geometry import ResizeConfig
 from goal_ray.losses import LossConfig
 from goal_ray.model import ModelConfig
+from goal_ray.step import StepConfig
 
 
 @strict
@@ -45,6 +46,8 @@ class OptimizerConfig:
     """AdamW with linear warmup and cosine decay to 0. Gains, biases and the logit scale are not decayed.
 
     lr: peak learning rate
+    layer_decay: each layer below the top of a tower learns this many times as fast as the one above it; 1 is off
+    freeze: the tower that keeps its weights
     weight_decay: AdamW's decoupled decay
     betas: AdamW's averaging factors
     eps: AdamW's epsilon
@@ -53,6 +56,8 @@ class OptimizerConfig:
     """
 
     lr: float = 5e-6
+    layer_decay: float = 1.0
+    freeze: Literal["none", "image", "text"] = "none"
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
@@ -62,6 +67,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if not 0 < self.lr < math.inf:
             raise ValueError("lr must be a positive number")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError("layer_decay must be in (0, 1]; 1 is off")
         if self.warmup_steps < 0 or self.clip_norm < 0 or self.weight_decay < 0:
             raise ValueError("warmup_steps, clip_norm and weight_decay must not be negative")
 
@@ -75,6 +82,48 @@ class OptimizerConfig:
 
 @strict
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """Retrieval on held-out shards: every checkpoint is evaluated beside the training, which does not wait.
+
+    shards: held-out tars, as `goal-ray evaluate` takes them; empty evaluates nothing
+    pairs: local pairs per picture that are measured too; the shards then need `goal-ray lism`
+    metric: what the best checkpoint is best in: [local. | joint.]text_to_image.NAME or image_to_text.NAME, where NAME
+        is R@1, R@5, R@25, R@50, mAP or median_rank
+    patience: the run ends after so many evaluations without a better one; empty never ends it early
+    cpus: CPUs of the evaluation, beside those of the workers
+    gpus: GPUs of the evaluation, beside those of the workers; 0 evaluates on its CPUs
+    """
+
+    shards: str | None = None
+    pairs: int = 0
+    metric: str = "text_to_image.R@1"
+    patience: int | None = None
+    cpus: int = 1
+    gpus: int = 0
+
+    def __post_init__(self) -> None:
+        *ranking, direction, name = self.metric.split(".")
+        names = ("R@1", "R@5", "R@25", "R@50", "mAP", "median_rank")
+        known = ranking in ([], ["local"], ["joint"]) and direction in ("text_to_image", "image_to_text")
+        if not known or name not in names:
+            raise ValueError(f"metric {self.metric!r} is unknown; it is [local.|joint.]text_to_image.R@1 or the like")
+        if ranking and not self.pairs:
+            raise ValueError(f"metric {self.metric} needs pairs; set pairs to 1 or more")
+        if self.pairs < 0 or self.cpus < 1 or self.gpus < 0:
+            raise ValueError("pairs and gpus must not be negative, cpus at least 1")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError("patience must be at least 1, or empty")
+        if self.patience is not None and self.shards is None:
+            raise ValueError("patience needs held-out shards; set shards")
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether the best has the lowest value: a rank, where the others are shares."""
+        return self.metric.endswith("median_rank")
+
+
+@strict
+@dataclass(frozen=True)
 class TrainConfig:
     """A GOAL training run. Defaults are the published settings.
 
@@ -82,18 +131,27 @@ class TrainConfig:
     data: what is read
     loss: the terms of the loss
     optimizer: AdamW and its schedule
-    batch_per_worker: pictures per worker and micro-batch
-    accumulate: micro-batches per optimizer step; contrastive negatives come from one micro-batch
+    step: how a step computes
+    evaluation: held-out shards, the best checkpoint, early stopping
+    batch_per_worker: pictures per worker and micro-batch; contrastive negatives come from a micro-batch of all workers
+    chunk: pictures that go through the towers at a time (GradCache): micro-batches larger than memory, for one more
+        forward pass; empty takes the micro-batch at once
+    accumulate: micro-batches per optimizer step; unlike chunks, they do not see each other's negatives
     epochs: passes over the data
     max_steps: stop (and end the schedule) after this many optimizer steps, if that comes first; empty is no limit
     precision: bf16 or fp32 parameters and activations; bf16 keeps fp32 master weights
     zero_stage: DeepSpeed ZeRO stage: 0 replicates, 1 shards optimizer states, 2 gradients too, 3 parameters too
-    workers: Ray Train workers; one GPU each on GPUs
+    offload: optimizer keeps its states and the update on the CPU (zero_stage 1 to 3), parameters them too (3)
+    workers: Ray Train workers, one GPU each on GPUs; [min, max] takes as many as the cluster has at every (re)start,
+        with the same micro-batches: batch_per_worker is meant for max, fewer workers take more, in chunks
     device: auto takes a GPU where the cluster has one
     storage_path: folder for runs, seen by every worker
     name: this run's folder inside storage_path
     checkpoint_every: optimizer steps between checkpoints; the last step always makes one
+    keep_checkpoints: how many of the newest checkpoints stay, beside the best
+    max_failures: how often in a row workers may die without a new checkpoint before the run fails
     log_every: optimizer steps between log lines
+    wandb: Weights & Biases project to log to, beside TensorBoard and JSONL; empty is none
     seed: fixes random weights, data order and random crops
     """
 
@@ -101,37 +159,82 @@ class TrainConfig:
     data: DataConfig
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    step: StepConfig = field(default_factory=StepConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     batch_per_worker: int = 16
+    chunk: int | None = None
     accumulate: int = 1
     epochs: int = 10
     max_steps: int | None = None
     precision: Literal["bf16", "fp32"] = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 1
-    workers: int = 1
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    workers: int | tuple[int, int] = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
     storage_path: str = "runs"
     name: str = "goal"
     checkpoint_every: int = 500
+    keep_checkpoints: int = 3
+    max_failures: int = 3
     log_every: int = 10
+    wandb: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch_per_worker", "accumulate", "epochs", "workers", "checkpoint_every", "log_every"):
+        positive = ("batch_per_worker", "accumulate", "epochs", "checkpoint_every", "keep_checkpoints", "log_every")
+        for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
+        if not 1 <= self.min_workers <= self.max_workers:
+            raise ValueError("workers must be at least 1, or [min, max] with 1 <= min <= max")
+        if self.max_failures < 0:
+            raise ValueError("max_failures must not be negative")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError("max_steps must be at least 1, or empty for no limit")
-        if self.batch_per_worker * self.workers < 2:
+        if self.chunk is not None and self.chunk < 2:
+            raise ValueError("chunk must be at least 2 pictures, or empty for the micro-batch at once")
+        if self.batch_per_worker * self.max_workers < 2:
             raise ValueError("a contrastive loss needs at least 2 samples per step: raise batch_per_worker or workers")
         if "/" in self.name or self.name in ("", ".", ".."):
             raise ValueError("name is one folder name; set the path with storage_path")
         if "://" in self.storage_path:
             raise ValueError("storage_path must be a mounted folder that every worker sees; URLs are not supported")
+        if self.step.compile and self.zero_stage == 3:
+            raise ValueError("step.compile cannot see through zero_stage=3, which gathers parameters block by block")
+        if (self.offload == "optimizer" and self.zero_stage == 0) or (
+            self.offload == "parameters" and self.zero_stage != 3
+        ):
+            raise ValueError("offload=optimizer needs zero_stage 1, 2 or 3, offload=parameters 3")
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers the run goes on with."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The workers that batch_per_worker is meant for."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
     @property
     def global_batch(self) -> int:
         """Pictures per optimizer step."""
-        return self.batch_per_worker * self.accumulate * self.workers
+        return self.batch_per_worker * self.accumulate * self.max_workers
+
+    @property
+    def worker_counts(self) -> tuple[int, ...]:
+        """How many workers the run may go on with: those that share a micro-batch evenly, fewest first."""
+        every = range(self.min_workers, self.max_workers + 1)
+        return tuple(count for count in every if self.batch_per_worker * self.max_workers % count == 0)
+
+    def worker_batch(self, workers: int) -> int:
+        """Pictures per worker and micro-batch when so many workers share it."""
+        return self.batch_per_worker * self.max_workers // workers
+
+    def chunks(self, workers: int) -> int:
+        """Parts that a worker's micro-batch is cut into when so many workers share it."""
+        most = self.chunk or self.batch_per_worker
+        return -(-self.worker_batch(workers) // max(2, most))
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the whole run."""

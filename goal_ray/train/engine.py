@@ -1,5 +1,6 @@
 """The DeepSpeed engine around a GoalModel."""
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -10,42 +11,87 @@ from goal_ray.model import image_tower, text_tower
 from goal_ray.train.config import OptimizerConfig, TrainConfig
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two optimizer groups: matrices are decayed, vectors and scalars (gains, biases, logit scale) are not."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def freeze_tower(clip: nn.Module, which: str) -> None:
+    """Keeps a tower ("image", "text" or "none") from learning; the logit scale always learns."""
+    if which == "none":
+        return
+    for parameter in image_tower(clip).parameters() if which == "image" else text_parameters(clip):
+        parameter.requires_grad_(False)
+
+
+def text_parameters(clip: nn.Module) -> set[nn.Parameter]:
+    """The text tower's parameters, which in `open_clip.CLIP` lie beside those of the whole."""
+    tower = text_tower(clip)
+    modules = (tower.token_embedding, tower.transformer, tower.ln_final)
+    inside = {parameter for module in modules for parameter in module.parameters()}
+    projection = set() if tower.projection_DE is None else {tower.projection_DE}
+    return inside | projection | {tower.positional_embedding}
+
+
+def layer_scales(clip: nn.Module, decay: float) -> dict[nn.Parameter, float]:
+    """The share of the learning rate of every parameter below the top of its tower; parameters at the top are left out.
+
+    A tower of n blocks has n + 2 layers: embeddings, blocks, and the final LayerNorm with the projection at the top.
+    Source: layer-wise decay as in ELECTRA (arXiv 2003.10555) and BEiT (arXiv 2106.08254).
+    """
+    scales: dict[nn.Parameter, float] = {}
+    visual, text = image_tower(clip), text_tower(clip)
+    image_top = {*visual.ln_post.parameters(), *([] if visual.proj is None else [visual.proj])}
+    text_top = {*text.ln_final.parameters(), *([] if text.projection_DE is None else [text.projection_DE])}
+    for blocks, every, top in (
+        (visual.transformer.resblocks, set(visual.parameters()), image_top),
+        (text.transformer.resblocks, text_parameters(clip), text_top),
+    ):
+        depth = len(blocks)
+        scales |= dict.fromkeys(every - top, decay ** (depth + 1))
+        for number, block in enumerate(blocks):
+            scales |= dict.fromkeys(block.parameters(), decay ** (depth - number))
+    return scales
+
+
+def parameter_groups(model: GoalModel, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Optimizer groups with their "lr_scale": matrices are decayed, vectors and scalars (gains, biases) are not."""
+    scales = layer_scales(model.clip, config.layer_decay) if config.layer_decay < 1 else {}
+    groups: defaultdict[tuple[bool, float], list[nn.Parameter]] = defaultdict(list)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups[parameter.ndim >= 2, scales.get(parameter, 1.0)].append(parameter)
     return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": config.weight_decay if decayed else 0.0, "lr_scale": scale}
+        for (decayed, scale), parameters in groups.items()
     ]
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW at learning rate 0: the loop sets the rate before every step, and ZeRO-3's dry first step moves nothing."""
-    groups = parameter_groups(model, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+def build_engine(model: GoalModel, config: TrainConfig, workers: int) -> Any:
+    """A DeepSpeed engine where the model is; the process group must exist. Precision is the model's own affair.
 
-
-def build_engine(model: GoalModel, config: TrainConfig) -> Any:
-    """A DeepSpeed engine where the model is; the process group must exist. Precision is the model's own affair."""
+    AdamW starts at learning rate 0, since ZeRO-3's dry first step must move nothing; the loop sets the rate.
+    """
     import deepspeed
 
-    settings = {
-        "train_micro_batch_size_per_gpu": config.batch_per_worker,
-        "gradient_accumulation_steps": config.accumulate,
-        "gradient_clipping": config.optimizer.clip_norm,
-        "zero_optimization": {"stage": config.zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
-    }
     for parameter in model.parameters():
         if parameter.ndim == 0:  # DeepSpeed cannot broadcast scalars
             parameter.data = parameter.data.reshape(1)
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=build_optimizer(model, config.optimizer),
-        config=settings,
-        dist_init_required=False,
+    chunks, adam = config.chunks(workers), config.optimizer
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    place = {"device": "cpu", "pin_memory": next(model.parameters()).is_cuda}
+    if config.offload != "none":
+        zero["offload_optimizer"] = place
+    if config.offload == "parameters":
+        zero["offload_param"] = place
+    settings = {
+        "train_micro_batch_size_per_gpu": -(-config.worker_batch(workers) // chunks),
+        "gradient_accumulation_steps": config.accumulate * chunks,
+        "gradient_clipping": adam.clip_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, adam), lr=0.0, betas=adam.betas, eps=adam.eps, fused=config.step.fused_adamw
     )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     if config.zero_stage == 3:
         register_direct_parameters(model)
     return engine
@@ -64,4 +110,4 @@ def register_direct_parameters(model: GoalModel) -> None:
 def set_learning_rate(engine: Any, lr: float) -> None:
     """Sets the rate of the next optimizer step."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]

@@ -1,29 +1,34 @@
 """What every training worker runs: build, resume, step, log, save."""
 
+import json
 import pickle
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from goal_ray.batches import ExampleBuilder, unpack
+from goal_ray.batches import ExampleBuilder
 from goal_ray.errors import StageError
+from goal_ray.flops import peak_flops, step_flops
 from goal_ray.geometry import PixelGeometry, ResizeConfig
-from goal_ray.losses import TERMS, GoalBatch, GoalModel
+from goal_ray.gradcache import cached_gradients
+from goal_ray.losses import GoalModel
 from goal_ray.model import LoadedModel, ModelConfig, load_model
 from goal_ray.order import BatchOrder
+from goal_ray.step import prepare_step
+from goal_ray.storage import write_bytes
 from goal_ray.text import CaptionEncoder
-from goal_ray.train.checkpoint import allocate_averages, load_averages, read_step, save_checkpoint
+from goal_ray.train.checkpoint import CheckpointWriter, allocate_averages, load_averages, read_step
 from goal_ray.train.config import TrainConfig
-from goal_ray.train.engine import build_engine, set_learning_rate
+from goal_ray.train.engine import build_engine, freeze_tower, set_learning_rate
+from goal_ray.train.feed import Feed, MicroBatch
 from goal_ray.train.ingest import BatchReader, stream_batches
-from goal_ray.train.scan import QUARANTINE_FILE, describe_bad
+from goal_ray.train.scan import QUARANTINE_FILE, describe_bad, own_scan
+from goal_ray.train.window import LogWindow
 
 
 @dataclass(frozen=True)
@@ -31,64 +36,173 @@ class Job:
     """All that the driver tells its workers.
 
     urls, counts  tars and the usable samples in each
+    indexes       Ray's references to the tars' indexes
     resume_from   checkpoint folder to go on from
     bad_allowed   how many samples may turn out unreadable before the run fails
     send          takes a record to the driver, returns at once
+    stopping      whether the driver wants the run to save and end; asked on rank 0
     """
 
     config: TrainConfig
     run_dir: Path
     urls: tuple[str, ...]
     counts: tuple[int, ...]
+    indexes: tuple[Any, ...]
     resume_from: Path | None
     bad_allowed: int
     send: Callable[[dict[str, Any]], None]
+    stopping: Callable[[], bool]
+
+    @property
+    def order(self) -> BatchOrder:
+        """Which sample is read when."""
+        return BatchOrder(self.counts, self.config.global_batch, self.config.seed, self.config.data.shuffle_shards)
 
 
 def train_worker(job: Job, rank: int, ranks: int, device: torch.device) -> None:
-    """Trains on one rank of an initialised process group."""
-    config = job.config
-    order = BatchOrder(job.counts, config.global_batch, config.seed, config.data.shuffle_shards)
+    """Trains on one rank of an initialised process group. Raises StageError for what the user can mend."""
+    try:
+        run_steps(job, rank, ranks, device)
+    except torch.OutOfMemoryError as error:
+        config = job.config
+        raise StageError(
+            f"out of GPU memory on rank {rank} ({str(error).splitlines()[0]}); with batch_per_worker="
+            f"{config.batch_per_worker}: set `chunk` below it, step.checkpoint_activations=true, a higher zero_stage "
+            "or offload=optimizer, or lower batch_per_worker, then go on with --resume"
+        ) from None
+
+
+def run_steps(job: Job, rank: int, ranks: int, device: torch.device) -> None:
+    """As `train_worker`, with the framework's own errors."""
+    config, order = job.config, job.order
     total_steps = config.total_steps(order.steps_per_epoch)
-    start = config.model if job.resume_from is None else ModelConfig(str(job.resume_from))
     job.send({"doing": "loading the model"})
+    start = config.model if job.resume_from is None else ModelConfig(str(job.resume_from))
     loaded = load_model(start, config.seed)
     first_step = 0 if job.resume_from is None else read_step(job.resume_from)
     preprocess = loaded.preprocess
     preprocess["resize_mode"] = "squash" if config.data.resize.mode == "squash" else "shortest"
     builder = pickle.dumps(build_examples(config, loaded))
-    reader = BatchReader(job.urls, order, rank, ranks, config.accumulate, builder)
-    batches = read_batches(job, reader, first_step * config.accumulate, total_steps * config.accumulate)
-    with ThreadPoolExecutor(1) as pool:  # the stream starts while the engine is built
-        first_batch = pool.submit(next, batches)
+    multiple = config.step.text_multiple
+    reader = BatchReader(job.urls, order, rank, ranks, config.accumulate, builder, job.indexes, multiple)
+    packed = read_batches(job, reader, first_step * config.accumulate, total_steps * config.accumulate)
+    writer = CheckpointWriter(job.run_dir, lambda step: job.send({"saved": step}))
+    # The feed starts to read while the engine is built.
+    with closing(Feed(packed, config.chunks(ranks), config.accumulate, device, job.stopping)) as feed:
+        prepare_step(loaded.clip, config.step)
+        freeze_tower(loaded.clip, config.optimizer.freeze)
+        flops = FlopTable(loaded)  # ZeRO-3 hides the parameters' shapes
         model = GoalModel(loaded.clip, config.loss, preprocess["mean"], preprocess["std"], config.precision == "bf16")
-        engine = build_engine(model.to(device), config)
+        engine = build_engine(model.to(device), config, ranks)
         allocate_averages(engine, first_step)
         if job.resume_from is not None:
             load_averages(job.resume_from, engine, loaded.clip)
+        job.send({**describe_device(device, config.precision, ranks), "workers": ranks})
         job.send({"doing": "reading the first batches"})
-        batches = chain([first_batch.result()], batches)
-    window = LogWindow(config, device)
-    for step in range(first_step, total_steps):
-        lr = config.optimizer.lr * config.optimizer.lr_factor(step, total_steps)
-        set_learning_rate(engine, lr)
-        for _ in range(config.accumulate):
-            window.add(train_step(engine, unpack(next(batches), device), config.loss.weights(step / total_steps)))
-        done = step + 1
-        if done % config.log_every == 0 or done == total_steps:
-            record = window.read(done, total_steps, lr, done / order.steps_per_epoch, engine)
-            if rank == 0:
-                job.send(record)
-        if done % config.checkpoint_every == 0 or done == total_steps:
-            save_checkpoint(job.run_dir, engine, loaded, done)
+        window = LogWindow(device)
+        batches = iter(feed)
+        done = first_step
+        while group := [batch for _, batch in zip(range(config.accumulate), batches, strict=False)]:
+            weights = config.loss.weights(done / total_steps)
+            lr = config.optimizer.lr * config.optimizer.lr_factor(done, total_steps)
+            set_learning_rate(engine, lr)
+            for micro_batch in group:
+                terms_4 = train_step(engine, micro_batch, config.loss.contrastive, weights)
+                window.add(done, terms_4, micro_batch, flops.of(micro_batch))
+            done += 1
+            last = done == total_steps
+            report(job, rank, window.arrived())
+            if done % config.log_every == 0 or last:
+                report(job, rank, window.arrived(wait=True))
+                record = {
+                    "step": done,
+                    "total_steps": total_steps,
+                    "epoch": round(done / order.steps_per_epoch, 4),
+                    "lr": lr,
+                }
+                window.close(record, weights, engine.get_global_grad_norm())
+            if done % config.checkpoint_every == 0 or last:
+                report(job, rank, window.arrived(wait=True))
+                writer.save(engine, loaded, done)
+        if done % config.checkpoint_every and done < total_steps:  # asked to stop
+            writer.save(engine, loaded, done)
+        report(job, rank, window.arrived(wait=True))
+        writer.wait()
+    job.send({"end": done})
 
 
-def train_step(engine: Any, batch: GoalBatch, weights: tuple[float, ...]) -> torch.Tensor:
+def train_step(engine: Any, micro_batch: MicroBatch, kind: str, weights: Sequence[float]) -> torch.Tensor:
     """One micro-batch forward and backward; an optimizer step when enough of them are in. Returns the terms (4,)."""
-    terms_4 = engine(batch)
-    engine.backward((terms_4 * terms_4.new_tensor(weights)).sum())
-    engine.step()
-    return terms_4.detach()
+    chunks, counts_R4, *_ = micro_batch
+    caches: Sequence[Any] = [None]
+    if len(chunks) > 1:
+        with torch.no_grad():
+            features = [engine.module(chunk, features_only=True) for chunk in chunks]
+        caches = cached_gradients(features, counts_R4, kind, weights)
+    total_4 = torch.zeros(len(weights), device=chunks[0].images_B3SS.device)
+    for chunk, cached in zip(chunks, caches, strict=True):
+        terms_4 = engine(chunk, cached=cached)
+        loss = sum(weight * term for weight, term in zip(weights, terms_4, strict=True))
+        engine.backward(loss * len(chunks))  # the engine takes the mean over its accumulated backward passes
+        engine.step()
+        total_4 = total_4 + terms_4.detach()
+    return total_4
+
+
+class FlopTable:
+    """Useful FLOPs of micro-batches, forward and backward, looked up by shape."""
+
+    def __init__(self, loaded: LoadedModel):
+        self.image = step_flops(loaded.clip, 1, [])
+        self.text_L = [0, *(step_flops(loaded.clip, 0, [length]) for length in range(1, loaded.context_length + 1))]
+
+    def of(self, micro_batch: MicroBatch) -> int:
+        """Of a micro-batch on this rank."""
+        pictures = sum(len(chunk.images_B3SS) + len(chunk.crops_M3SS) for chunk in micro_batch.chunks)
+        return pictures * self.image + sum(self.text_L[length] for length in micro_batch.text_lengths)
+
+
+def describe_device(device: torch.device, precision: str, ranks: int) -> dict[str, Any]:
+    """What the workers run on: "device", "gpus", and "peak_flops" of all together, None on CPUs."""
+    if device.type != "cuda":
+        return {"device": platform.processor() or platform.machine(), "gpus": False, "peak_flops": None}
+    peak = peak_flops(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    whole = None if peak is None else peak * ranks
+    return {"device": torch.cuda.get_device_name(device), "gpus": True, "peak_flops": whole}
+
+
+def report(job: Job, rank: int, record: dict[str, Any] | None) -> None:
+    """Sends a log record from rank 0. Raises StageError, on every rank, for one with a loss that is not finite."""
+    if record is None:
+        return
+    bad_step = record.pop("nonfinite_step")
+    if bad_step is not None:
+        place = write_offenders(job, bad_step)
+        raise StageError(
+            f"the loss of step {bad_step + 1} is not finite; the samples of that step and the one before are listed in "
+            f"{place}; look at them, or lower optimizer.lr, then go on with --resume from the checkpoint before"
+        )
+    if rank == 0:
+        job.send(record)
+
+
+def write_offenders(job: Job, step: int) -> Path:
+    """Lists the samples of step `step`, from 0, and of the one before it, whose update may have broken the weights.
+
+    Every rank writes the same bytes: which of them is ended first is not known.
+    """
+    place = job.run_dir / f"nonfinite-step-{step + 1:08d}.json"
+    steps = {}
+    for number in (step - 1, step):
+        if number >= 0:
+            _, rows = job.order.micro_batch(number, 0, 1, 1)
+            samples = [
+                {"shard": job.urls[shard], "key": own_scan(job.urls[shard], job.config.loss.needs_pairs).key(at)}
+                for shard, at in rows.tolist()
+            ]
+            steps[number + 1] = samples
+    write_bytes(str(place), json.dumps(steps, ensure_ascii=False, indent=1).encode())
+    return place
 
 
 def build_examples(config: TrainConfig, loaded: LoadedModel) -> ExampleBuilder:
@@ -127,42 +241,3 @@ def read_batches(job: Job, reader: BatchReader, first: int, last: int) -> Iterat
                 f"the last: {describe_bad(bad[-1])}; all of them: {job.run_dir / QUARANTINE_FILE}"
             )
         yield packed
-
-
-class LogWindow:
-    """Means of the loss terms and the speed since the last log line; the device is read only when asked."""
-
-    def __init__(self, config: TrainConfig, device: torch.device):
-        self.config = config
-        self.sum_4 = torch.zeros(len(TERMS), device=device)
-        self.micro_batches = 0
-        self.since = time.perf_counter()
-
-    def add(self, terms_4: torch.Tensor) -> None:
-        """Adds a micro-batch's terms."""
-        self.sum_4 += terms_4
-        self.micro_batches += 1
-
-    def read(self, step: int, total_steps: int, lr: float, epoch: float, engine: Any) -> dict[str, Any]:
-        """The log record, averaged over all ranks; every rank must call it. Starts a new window."""
-        mean_4 = self.sum_4 / max(1, self.micro_batches)
-        dist.all_reduce(mean_4)
-        terms = (mean_4 / dist.get_world_size()).tolist()
-        seconds = time.perf_counter() - self.since
-        images = self.micro_batches * self.config.batch_per_worker * dist.get_world_size()
-        norm = engine.get_global_grad_norm()
-        self.sum_4.zero_()
-        self.micro_batches, self.since = 0, time.perf_counter()
-        return {
-            "step": step,
-            "total_steps": total_steps,
-            "epoch": round(epoch, 4),
-            "loss": sum(
-                weight * term
-                for weight, term in zip(self.config.loss.weights((step - 1) / total_steps), terms, strict=True)
-            ),
-            **{f"loss_{name}": term for name, term in zip(TERMS, terms, strict=True)},
-            "lr": lr,
-            "grad_norm": None if norm is None else float(norm),
-            "images_per_s": images / seconds,
-        }

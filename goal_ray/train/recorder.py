@@ -3,15 +3,19 @@
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from goal_ray.train.cost import Cost
+from goal_ray.train.loggers import Logger
 from goal_ray.train.scan import QUARANTINE_FILE
 
 METRICS_FILE = "metrics.jsonl"
 NO_CURVE = ("step", "total_steps", "seconds")
+OF_A_WINDOW = ("window_steps", "window_seconds", "images", "flops", "energy_joules")
 
 
 class ProgressLine(tqdm):
@@ -30,6 +34,10 @@ class ProgressLine(tqdm):
         """Says what goes on before the first step."""
         self.set_postfix_str(doing, refresh=self.live)
 
+    def say(self, text: str) -> None:
+        """Prints a line above this one."""
+        self.write(text, file=sys.stderr)
+
     def tick(self) -> None:
         """Moves the clock."""
         if self.live:
@@ -37,56 +45,82 @@ class ProgressLine(tqdm):
 
 
 class RunRecorder:
-    """Writes a run's metrics (JSONL and TensorBoard) and quarantine, and moves its progress line.
+    """Writes a run's metrics (JSONL and the loggers), its cost and its quarantine, and moves its progress line.
 
     seconds  wall time of the run up to the last record, earlier calls included
     bad      every unusable sample met, by (shard, key)
+    workers  how many are at work now
     """
 
-    def __init__(self, run_dir: Path, first_step: int, line: ProgressLine, began: float):
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(self, run_dir: Path, line: ProgressLine, loggers: Sequence[Logger], began: float):
         self.run_dir = run_dir
-        kept = keep_steps(run_dir / METRICS_FILE, first_step)
-        self.seconds = kept[-1]["seconds"] if kept else 0.0
-        self.since = began
-        self.bad = {(record["shard"], record["key"]): record for record in read_records(run_dir / QUARANTINE_FILE)}
-        self.metrics: TextIO = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
         self.line = line
+        self.loggers = loggers
+        self.since = began
+        self.workers = 0
+        self.cost = Cost.read(run_dir)
+        self.bad = {(record["shard"], record["key"]): record for record in read_records(run_dir / QUARANTINE_FILE)}
+        self.metrics: TextIO | None = None
 
     def __enter__(self) -> "RunRecorder":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.metrics.close()
-        self.board.close()
+        self.count_time()
+        self.cost.write(self.run_dir)
+        if self.metrics is not None:
+            self.metrics.close()
+        for logger in self.loggers:
+            logger.close()
 
-    def record(self, message: dict[str, Any]) -> None:
-        """Takes one record from a worker: a log line, bad samples, or what it is doing before the first step."""
-        if "bad" in message:
-            self.quarantine(message["bad"])
-        elif "doing" in message:
-            self.line.show(message["doing"])
-        else:
-            self.log(message)
+    def rewind(self, step: int) -> None:
+        """Goes on behind `step`: log lines beyond it are dropped, since they will come again."""
+        if self.metrics is not None:
+            self.metrics.close()
+        path = self.run_dir / METRICS_FILE
+        keep_steps(path, step)
+        self.metrics = path.open("a", encoding="utf-8")
+        for logger in self.loggers:
+            logger.rewind(step)
+        self.line.n = step
+        self.line.refresh()
 
     def log(self, message: dict[str, Any]) -> None:
         """Takes a log line."""
         self.count_time()
-        message = {**message, "seconds": round(self.seconds, 2)}
-        self.metrics.write(json.dumps(message) + "\n")
+        self.cost.add(message)
+        self.cost.write(self.run_dir)
+        record = {name: value for name, value in message.items() if name not in OF_A_WINDOW}
+        record["seconds"] = round(self.seconds, 2)
+        assert self.metrics is not None
+        self.metrics.write(json.dumps(record) + "\n")
         self.metrics.flush()
-        for name, value in message.items():
-            if name not in NO_CURVE and value is not None:
-                self.board.add_scalar(f"train/{name}", value, message["step"])
-        self.line.set_postfix_str(describe_step(message), refresh=False)
-        self.line.update(message["step"] - self.line.n)
+        curves = {f"train/{name}": value for name, value in record.items() if name not in NO_CURVE}
+        self.draw(record["step"], {name: value for name, value in curves.items() if value is not None})
+        self.line.set_postfix_str(describe_step(record), refresh=False)
+        self.line.update(record["step"] - self.line.n)
+
+    def describe(self, message: dict[str, Any]) -> None:
+        """Takes what the workers run on."""
+        self.cost.device, self.cost.gpus = message["device"], message["gpus"]
+        self.cost.workers, self.cost.peak_flops = message["workers"], message["peak_flops"]
+
+    def draw(self, step: int, values: dict[str, float]) -> None:
+        """Gives numbers to the loggers."""
+        for logger in self.loggers:
+            logger.log(step, values)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the run, earlier calls included, as of the last count."""
+        return self.cost.seconds
 
     def count_time(self) -> None:
         """Adds the time since the last call to the run's."""
         now = time.perf_counter()
-        self.seconds, self.since = self.seconds + now - self.since, now
+        passed, self.since = now - self.since, now
+        self.cost.seconds += passed
+        self.cost.worker_seconds += passed * self.workers
 
     def quarantine(self, records: list[dict[str, str]]) -> None:
         """Appends samples that were not met before to the run's quarantine."""

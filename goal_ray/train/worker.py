@@ -1,11 +1,14 @@
 """Ray Train's entry point on a worker. Light to import, since Ray's own actors unpickle references to it."""
 
 import os
+import threading
 from typing import Any
 
+POLL_S = 0.5
 
-def worker_entry(job_fields: dict[str, Any], queue: Any, use_gpu: bool) -> None:
-    """Joins the process group to DeepSpeed and runs the loop; what rank 0 sends goes into the queue."""
+
+def worker_entry(job_fields: dict[str, Any], mailbox: Any, use_gpu: bool) -> None:
+    """Joins the process group to DeepSpeed and runs the loop; what it sends goes into the mailbox."""
     import logging
     import warnings
 
@@ -19,6 +22,7 @@ def worker_entry(job_fields: dict[str, Any], queue: Any, use_gpu: bool) -> None:
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     context = ray.train.get_context()
+    rank = context.get_world_rank()
     if not use_gpu:
         use_all_cpus(context.get_local_world_size())
         # DeepSpeed would compile its shared-memory operator, for half a minute and only where a compiler is; it serves
@@ -28,13 +32,29 @@ def worker_entry(job_fields: dict[str, Any], queue: Any, use_gpu: bool) -> None:
     sent: list[Any] = []
 
     def send(record: dict[str, Any]) -> None:
-        sent[:] = [queue.actor.put_nowait.remote(record)]
+        if rank == 0 or "bad" in record or "node" in record:
+            sent[:] = [mailbox.put.remote(record)]
 
+    wish, done = threading.Event(), threading.Event()
+    if rank == 0:
+        threading.Thread(target=watch, args=(mailbox, wish, done), name="watch", daemon=True).start()
+    send({"node": ray.get_runtime_context().get_node_id(), "pid": os.getpid(), "rank": rank})
     try:
-        job = Job(**job_fields, send=send)
-        train_worker(job, context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+        job = Job(**job_fields, send=send, stopping=wish.is_set)
+        train_worker(job, rank, context.get_world_size(), ray.train.torch.get_device())
     finally:
+        done.set()
         ray.get(sent)  # records arrive in order, so all are there when the last is
+
+
+def watch(mailbox: Any, wish: threading.Event, done: threading.Event) -> None:
+    """Sets `wish` when the driver wants the run to end; returns when it has, or once `done` is set."""
+    import ray
+
+    while not done.wait(POLL_S):
+        if ray.get(mailbox.is_stopping.remote()):
+            wish.set()
+            return
 
 
 def use_all_cpus(workers_here: int) -> None:

@@ -30,43 +30,55 @@ def make_batch(step: int, rank: int):
     )
 
 
-def run_stage(
-    folder: Path, config, stage: int, resume_from: Path | None, rank: int, accumulate: int = 1
-) -> list[float]:
+def as_micro_batch(batch, chunks: int):
+    from goal_ray.gradcache import split_batch
+    from goal_ray.losses import count_batch, gather_counts
+    from goal_ray.train.feed import MicroBatch
+
+    counts = gather_counts(count_batch(batch))
+    return MicroBatch(split_batch(batch._replace(counts_R4=counts), chunks), counts, [], None)
+
+
+def run_stage(folder: Path, config, resume_from: Path | None, rank: int, save: bool = True) -> list[float]:
     """Trains from scratch (saving on the way) or from a checkpoint; returns the loss of every step done.
 
     Every micro-batch of a step is the same one.
     """
     from goal_ray.losses import GoalModel
     from goal_ray.model import ModelConfig, load_model
-    from goal_ray.train.checkpoint import allocate_averages, load_averages, read_step, save_checkpoint
-    from goal_ray.train.engine import build_engine, set_learning_rate
+    from goal_ray.step import prepare_step
+    from goal_ray.train.checkpoint import CheckpointWriter, allocate_averages, load_averages, read_step
+    from goal_ray.train.engine import build_engine, freeze_tower, set_learning_rate
     from goal_ray.train.loop import train_step
 
-    config = replace(config, zero_stage=stage, accumulate=accumulate)
     loaded = load_model(config.model if resume_from is None else ModelConfig(str(resume_from)), seed=0)
+    prepare_step(loaded.clip, config.step)
+    freeze_tower(loaded.clip, config.optimizer.freeze)
     model = GoalModel(loaded.clip, config.loss, loaded.preprocess["mean"], loaded.preprocess["std"])
-    engine = build_engine(model, config)
+    engine = build_engine(model, config, workers=2)
     first = 0 if resume_from is None else read_step(resume_from)
     allocate_averages(engine, first)
     if resume_from is not None:
         load_averages(resume_from, engine, loaded.clip)
-    losses = []
+    losses, weights = [], config.loss.weights(0)
+    writer = CheckpointWriter(folder, lambda _: None)
     for step in range(first, STEPS):
         set_learning_rate(engine, 1e-3 / (step + 1))
-        for _ in range(accumulate):
-            terms = train_step(engine, make_batch(step, rank), config.loss.weights)
+        for _ in range(config.accumulate):
+            terms = train_step(engine, as_micro_batch(make_batch(step, rank), config.chunks(2)), "clip", weights)
         dist.all_reduce(terms)
         losses.append((terms / 2).sum().item())
-        if resume_from is None and step + 1 == SAVED_AT:
-            save_checkpoint(folder / f"stage-{stage}", engine, loaded, SAVED_AT)
+        if save and step + 1 == SAVED_AT:
+            writer.save(engine, loaded, SAVED_AT)
+    writer.wait()
+    dist.barrier()
     return losses
 
 
 def run_rank(rank: int, folder: str, tiny_clip: str) -> None:
     os.environ.update(DS_ACCELERATOR="cpu", RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE="2")
     from goal_ray.model import ModelConfig
-    from goal_ray.train.config import DataConfig, TrainConfig
+    from goal_ray.train.config import DataConfig, OptimizerConfig, TrainConfig
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     import deepspeed
@@ -74,11 +86,29 @@ def run_rank(rank: int, folder: str, tiny_clip: str) -> None:
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     config = TrainConfig(ModelConfig(tiny_clip), DataConfig("unused"), batch_per_worker=4, workers=2, precision="fp32")
     root = Path(folder)
-    curves = {f"stage {stage}": run_stage(root, config, stage, None, rank) for stage in (0, 1, 2, 3)}
-    curves["accumulated"] = run_stage(root / "accumulated", config, 2, None, rank, accumulate=3)
-    for stage in (0, 1, 2, 3):
+    stages = {stage: replace(config, zero_stage=stage) for stage in (0, 1, 2, 3)}
+    curves = {}
+    for stage, staged in stages.items():
+        curves[f"stage {stage}"] = run_stage(root / f"stage-{stage}", staged, None, rank)
+    for stage, staged in stages.items():
         source = root / f"stage-{(stage + 1) % 4}" / "checkpoints" / f"step-{SAVED_AT:08d}"
-        curves[f"resumed in stage {stage}"] = run_stage(root, config, stage, source, rank)
+        curves[f"resumed in stage {stage}"] = run_stage(root, staged, source, rank, save=False)
+    variants = {
+        "accumulated": replace(stages[2], accumulate=3),
+        "offloaded optimizer": replace(stages[2], offload="optimizer"),
+        "offloaded parameters": replace(stages[3], offload="parameters"),
+        **{f"chunks in stage {stage}": replace(stages[stage], chunk=2) for stage in (0, 1, 3)},
+        **{
+            f"{tower} frozen in stage {stage}": replace(stages[stage], optimizer=OptimizerConfig(freeze=tower))
+            for tower, stage in (("image", 0), ("image", 3), ("text", 0), ("text", 2))
+        },
+        **{
+            f"layer decay in stage {stage}": replace(stages[stage], optimizer=OptimizerConfig(layer_decay=0.5))
+            for stage in (0, 2, 3)
+        },
+    }
+    for name, variant in variants.items():
+        curves[name] = run_stage(root, variant, None, rank, save=False)
     if rank == 0:
         (root / "curves.json").write_text(json.dumps(curves))
     dist.destroy_process_group()
@@ -105,3 +135,24 @@ def test_a_checkpoint_of_another_stage_goes_on_as_if_never_stopped(curves, stage
 
 def test_accumulated_gradients_are_the_mean_over_the_micro_batches(curves):
     assert curves["accumulated"] == pytest.approx(curves["stage 2"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["offloaded optimizer", "offloaded parameters"])
+def test_offload_to_the_cpu_gives_the_same_loss_curve(curves, name):
+    assert curves[name] == pytest.approx(curves["stage 0"], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_micro_batch_in_chunks_gives_the_loss_curve_of_the_whole(curves, stage):
+    assert curves[f"chunks in stage {stage}"] == pytest.approx(curves["stage 0"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("variant", "stages"), [("image frozen", (0, 3)), ("text frozen", (0, 2)), ("layer decay", (0, 2, 3))]
+)
+def test_frozen_towers_and_layer_decay_train_alike_in_every_stage_and_unlike_the_plain_run(curves, variant, stages):
+    first, *others = (curves[f"{variant} in stage {stage}"] for stage in stages)
+    for other in others:
+        assert other == pytest.approx(first, rel=1e-5)
+    assert first[0] == pytest.approx(curves["stage 0"][0], rel=1e-6)
+    assert abs(first[-1] - curves["stage 0"][-1]) > 1e-4

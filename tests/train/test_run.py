@@ -22,7 +22,8 @@ from goal_ray.config import load_config, to_yaml
 from goal_ray.errors import StageError
 from goal_ray.model import ModelConfig
 from goal_ray.train.config import DataConfig, OptimizerConfig, TrainConfig
-from goal_ray.train.run import own_error, train
+from goal_ray.train.attempts import WorkerDied, own_error
+from goal_ray.train.run import train
 
 UNREADABLE = ["0-3", "1-5"]
 STEPS, SAVED, KILLED = 12, 5, 7
@@ -189,7 +190,9 @@ def test_the_command_shows_one_progress_line_and_where_the_model_is(tmp_path, ti
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert re.fullmatch(rf"trained 3 steps in \d+ s; model: {tmp_path}/cli/model\n", done.stdout)
+    trained, cost = done.stdout.splitlines()
+    assert re.fullmatch(rf"trained 3 steps in \d+ s; model: {tmp_path}/cli/model", trained)
+    assert re.fullmatch(r"cost: \S+ CPU worker hours, \S+ FLOPs, \S+ images/s, peak memory \d\.\d\d GB", cost)
     assert all(line.startswith("train cli:") for line in re.split(r"[\r\n]+", done.stderr) if line)
     metrics = read_lines(tmp_path / "cli" / "metrics.jsonl")
     assert [record["epoch"] for record in metrics] == [0.25, 0.5, 0.75]  # 8 of 37 samples a step, in 2 micro-batches
@@ -210,5 +213,5 @@ def test_the_death_of_a_worker_is_told_without_a_traceback(tmp_path):
     with pytest.raises(ray.exceptions.RayActorError) as died:
         ray.get(Worker.remote().train.remote())
     error = own_error(WorkerGroupError("a worker failed", {1: died.value}), tmp_path)
-    assert isinstance(error, StageError)
+    assert isinstance(error, WorkerDied)
     assert re.fullmatch(r"a training worker died \(.+\); the memory may have run out: .*--resume.*", str(error))

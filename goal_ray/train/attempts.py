@@ -1,0 +1,260 @@
+"""Ray Train from start to end: workers that die start again from the newest checkpoint, as many as there can be."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from goal_ray.errors import GoalRayError, StageError
+from goal_ray.train.checkpoint import newest_intact, prune_checkpoints, read_step
+from goal_ray.train.config import TrainConfig
+from goal_ray.train.evaluation import Evaluations
+from goal_ray.train.mailbox import open_mailbox
+from goal_ray.train.recorder import RunRecorder
+from goal_ray.train.worker import worker_entry
+
+Ending = Literal["finished", "early", "interrupted", "preempted", "resized"]
+POLL_S = 0.5
+LOOK_AROUND_S = 5.0
+GROW_AFTER_S = 30.0
+WAIT_FOR_NODES_S = 600.0
+
+
+class Attempts:
+    """Runs the workers until the training ends.
+
+    job          fields of `goal_ray.train.loop.Job` that every attempt shares
+    interrupted  set when the run is to save a checkpoint and end
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        job: dict[str, Any],
+        use_gpu: bool,
+        recorder: RunRecorder,
+        evaluations: Evaluations,
+        interrupted: threading.Event,
+    ):
+        self.config = config
+        self.job = job
+        self.run_dir: Path = job["run_dir"]
+        self.use_gpu = use_gpu
+        self.recorder = recorder
+        self.evaluations = evaluations
+        self.interrupted = interrupted
+        self.nodes: set[str] = set()
+        self.looked_around = 0.0
+        self.room_since: float | None = None
+        self.newest_saved = -1
+
+    def run(self, resume_from: Path | None) -> Ending:
+        """Trains to the end, or until early stopping or an interruption. Raises what no new attempt can mend."""
+        failures = 0
+        while True:
+            workers = self._wait_for_workers()
+            first_step = 0 if resume_from is None else read_step(resume_from)
+            self.recorder.rewind(first_step)
+            try:
+                ending = self._attempt(resume_from, workers)
+                if ending in ("finished", "early", "interrupted"):
+                    return ending
+                self.recorder.line.say(f"{ending} after step {self.newest_saved}; starting the workers again")
+            except Exception as error:
+                own = own_error(error, self.run_dir)
+                failures = 1 if self.newest_saved > first_step else failures + 1
+                if isinstance(own, GoalRayError) and not isinstance(own, WorkerDied):
+                    raise own from error
+                if not isinstance(own, WorkerDied | RuntimeError) or failures > self.config.max_failures:
+                    raise own from error
+                self.recorder.line.say(
+                    f"{first_line(own)}; restart {failures} of {self.config.max_failures} without progress allowed"
+                )
+            resume_from = newest_intact(self.run_dir, self.recorder.line.say)
+
+    def _attempt(self, resume_from: Path | None, workers: int) -> Ending:
+        """One group of workers.
+
+        Ray Train runs in a thread of its own: from the main thread it would take over Ctrl-C.
+        """
+        import ray
+
+        mailbox = open_mailbox()
+        trainer = self._trainer({**self.job, "resume_from": resume_from}, mailbox, workers)
+        failures: list[BaseException] = []
+
+        def fit() -> None:
+            try:
+                trainer.fit()
+            except BaseException as error:
+                failures.append(error)
+
+        self.recorder.line.show(f"starting {workers} {'worker' if workers == 1 else 'workers'}")
+        self.recorder.count_time()
+        self.recorder.workers = workers
+        self.nodes.clear()
+        self.room_since = None
+        thread = threading.Thread(target=fit, daemon=True)
+        thread.start()
+        ending: Ending = "finished"
+        try:
+            while thread.is_alive():
+                thread.join(POLL_S)
+                for record in ray.get(mailbox.take.remote()):
+                    self._receive(record)
+                self.evaluations.poll()
+                self.recorder.count_time()
+                self.recorder.line.tick()
+                if ending == "finished" and (wish := self._reason_to_end(workers)) is not None:
+                    ending = wish
+                    ray.get(mailbox.stop.remote())
+            for record in ray.get(mailbox.take.remote()):
+                self._receive(record)
+        finally:
+            self.recorder.count_time()
+            self.recorder.workers = 0
+            ray.kill(mailbox)
+        if failures:
+            raise failures[0]
+        return ending if self.newest_saved < self.job["total_steps"] else "finished"
+
+    def _trainer(self, job: dict[str, Any], mailbox: Any, workers: int) -> Any:
+        # Restarts and preemptions are this class's affair: it knows which counts of workers share a batch.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
+        from ray.train import RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        fields = {name: value for name, value in job.items() if name != "total_steps"}
+        return TorchTrainer(
+            partial(worker_entry, fields, mailbox, self.use_gpu),
+            scaling_config=ScalingConfig(num_workers=workers, use_gpu=self.use_gpu),
+            torch_config=TorchConfig(backend="nccl" if self.use_gpu else "gloo"),
+            run_config=RunConfig(name="ray", storage_path=str(self.run_dir)),
+        )
+
+    def _receive(self, record: dict[str, Any]) -> None:
+        """Takes one record from a worker."""
+        if "bad" in record:
+            self.recorder.quarantine(record["bad"])
+        elif "doing" in record:
+            self.recorder.line.show(record["doing"])
+        elif "node" in record:
+            self.nodes.add(record["node"])
+        elif "device" in record:
+            self.recorder.describe(record)
+        elif "saved" in record:
+            self.newest_saved = max(self.newest_saved, record["saved"])
+            self.evaluations.add(record["saved"])
+            prune_checkpoints(self.run_dir, self.config.keep_checkpoints, self.evaluations.needed)
+        else:
+            self.recorder.log(record)
+
+    def _reason_to_end(self, workers: int) -> Ending | None:
+        """Why this group of workers should save a checkpoint and end, if it should."""
+        if self.interrupted.is_set():
+            return "interrupted"
+        if self.evaluations.out_of_patience:
+            return "early"
+        now = time.monotonic()
+        if now - self.looked_around < LOOK_AROUND_S:
+            return None
+        self.looked_around = now
+        if self.nodes & draining_nodes():
+            return "preempted"
+        most = most_workers(self.config, self.use_gpu, cluster_resources())
+        if most is None or most <= workers:
+            self.room_since = None
+        elif self.room_since is None:
+            self.room_since = now
+        elif now - self.room_since > GROW_AFTER_S:
+            return "resized"
+        return None
+
+    def _wait_for_workers(self) -> int:
+        """How many workers to start; waits a while for nodes to replace those that went."""
+        until = time.monotonic() + WAIT_FOR_NODES_S
+        while (count := most_workers(self.config, self.use_gpu, cluster_resources())) is None:
+            if time.monotonic() > until:
+                raise StageError(
+                    f"the cluster has had too few nodes for {self.config.min_workers} workers for "
+                    f"{WAIT_FOR_NODES_S:.0f} s; go on with --resume when there are more"
+                )
+            self.recorder.line.show(f"waiting for nodes for {self.config.min_workers} workers")
+            time.sleep(POLL_S)
+        return count
+
+
+class WorkerDied(StageError):
+    """A worker's process or node is gone; a new attempt may go on."""
+
+
+def most_workers(config: TrainConfig, use_gpu: bool, resources: dict[str, float]) -> int | None:
+    """The most workers, of those that share a micro-batch evenly, that resources suffice for; one CPU is the ingest's.
+
+    None where they do not suffice for the fewest.
+    """
+    room = min(resources.get("CPU", 0) - 1, resources.get("GPU", 0) if use_gpu else float("inf"))
+    return max((count for count in config.worker_counts if count <= room), default=None)
+
+
+def cluster_resources() -> dict[str, float]:
+    """The resources of all nodes that are alive and will stay."""
+    import ray
+
+    leaving = draining_nodes()
+    total: dict[str, float] = {}
+    for node in ray.nodes():
+        if node["Alive"] and node["NodeID"] not in leaving:
+            for name, amount in node["Resources"].items():
+                total[name] = total.get(name, 0) + amount
+    return total
+
+
+def draining_nodes() -> set[str]:
+    """Ids of the nodes that are about to go, as spot instances do."""
+    import ray
+
+    return set(ray._private.state.state.get_draining_nodes() or {})
+
+
+def own_error(error: BaseException, run_dir: Path) -> BaseException:
+    """What to raise for Ray's error: a worker's GoalRayError, a WorkerDied for its death, else its own error."""
+    from ray.exceptions import RayActorError
+
+    inside = list(unwrapped(error))
+    for cause in inside:
+        if isinstance(cause, GoalRayError):
+            return cause
+    for cause in inside:
+        if isinstance(cause, RayActorError):
+            return WorkerDied(
+                f"a training worker died ({first_line(cause)}); the memory may have run out: lower "
+                f"batch_per_worker, then go on with --resume; Ray's logs say more; run folder: {run_dir}"
+            )
+    # A worker whose peer died may tell of it first, as an error of the collective that it waited in.
+    return next((cause for cause in inside if type(cause) is RuntimeError or "Dist" in type(cause).__name__), error)
+
+
+def first_line(error: BaseException) -> str:
+    """The beginning of an error's text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def unwrapped(error: BaseException) -> Iterator[BaseException]:
+    """The error and all that Ray wrapped into it."""
+    seen: set[int] = set()
+    waiting: list[Any] = [error]
+    while waiting:
+        current = waiting.pop()
+        if not isinstance(current, BaseException) or id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        waiting += [current.__cause__, current.__context__]
+        waiting += [getattr(current, name, None) for name in ("cause", "health_check_failure", "controller_failure")]
+        waiting += list(getattr(current, "worker_failures", {}).values())

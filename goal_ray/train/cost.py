@@ -1,0 +1,99 @@
+"""What a run has cost so far: kept in cost.json over all its calls, repeated steps included."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from goal_ray.storage import write_bytes
+
+COST_FILE = "cost.json"
+
+
+@dataclass
+class Cost:
+    """A run's cost.
+
+    seconds            wall time of all calls, from their start
+    worker_seconds     wall time times workers, while there were any
+    gpus               whether a worker is a GPU
+    step_seconds       time of the log windows alone: that of the steps and of waiting for data
+    steps, images      done, those that a failure made necessary again included
+    flops              useful: forwards and backwards of the towers
+    peak_flops         FLOP/s that all workers together reach at most; null where unknown
+    peak_memory_bytes  the most that a worker held: allocated on its GPU, or resident on a CPU
+    energy_joules      of the workers' GPUs during the steps; null where NVML does not tell
+    """
+
+    seconds: float = 0.0
+    worker_seconds: float = 0.0
+    gpus: bool = False
+    device: str = ""
+    workers: int = 0
+    step_seconds: float = 0.0
+    steps: int = 0
+    images: int = 0
+    flops: float = 0.0
+    peak_flops: float | None = None
+    peak_memory_bytes: int = 0
+    energy_joules: float | None = None
+
+    @classmethod
+    def read(cls, run_dir: Path) -> "Cost":
+        """The cost so far; nothing where the run has not begun."""
+        place = run_dir / COST_FILE
+        if not place.exists():
+            return cls()
+        stored = json.loads(place.read_text(encoding="utf-8"))
+        return cls(**{field.name: stored[field.name] for field in fields(cls) if field.name in stored})
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Adds a log record's window."""
+        self.step_seconds += record["window_seconds"]
+        self.steps += record["window_steps"]
+        self.images += record["images"]
+        self.flops += record["flops"]
+        self.peak_memory_bytes = max(self.peak_memory_bytes, record["peak_memory_bytes"])
+        if record["energy_joules"] is not None:
+            self.energy_joules = (self.energy_joules or 0.0) + record["energy_joules"]
+
+    @property
+    def images_per_s(self) -> float:
+        """Pictures per second of the steps."""
+        return self.images / self.step_seconds if self.step_seconds else 0.0
+
+    @property
+    def utilisation(self) -> float | None:
+        """Model FLOPs utilisation of the steps, the last call's workers taken for all; None where it is unknown."""
+        if not self.peak_flops or not self.step_seconds:
+            return None
+        return self.flops / self.step_seconds / self.peak_flops
+
+    @property
+    def worker_hours(self) -> float:
+        """Hours of workers: of GPUs where a worker has one."""
+        return self.worker_seconds / 3600
+
+    def write(self, run_dir: Path) -> None:
+        """Stores the cost and what follows from it."""
+        derived = {
+            "worker_hours": self.worker_hours,
+            "gpu_hours": self.worker_hours if self.gpus else 0.0,
+            "images_per_s": self.images_per_s,
+            "mfu": self.utilisation,
+        }
+        write_bytes(str(run_dir / COST_FILE), json.dumps({**asdict(self), **derived}, indent=1).encode())
+
+    def line(self) -> str:
+        """The cost on one line."""
+        parts = [
+            f"{self.worker_hours:.3g} {'GPU' if self.gpus else 'CPU worker'} hours",
+            f"{self.flops:.3g} FLOPs",
+            f"{self.images_per_s:.3g} images/s",
+            f"peak memory {self.peak_memory_bytes / 1e9:.2f} GB",
+        ]
+        if self.utilisation is not None:
+            parts.append(f"MFU {self.utilisation:.0%}")
+        if self.energy_joules is not None:
+            parts.append(f"{self.energy_joules / 3.6e6:.3g} kWh")
+        return ", ".join(parts)

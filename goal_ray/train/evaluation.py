@@ -1,0 +1,126 @@
+"""Evaluation of a run's checkpoints beside the training: which is the best, and whether to go on."""
+
+import json
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from goal_ray.evaluate.run import evaluate
+from goal_ray.train.checkpoint import checkpoint_folder, checkpoint_folders, read_step
+from goal_ray.train.config import EvaluationConfig
+from goal_ray.train.recorder import read_records
+
+HISTORY_FILE = "evaluations.jsonl"
+RANKINGS = ("", "local", "joint")
+DIRECTIONS = ("text_to_image", "image_to_text")
+
+
+class Evaluations:
+    """Evaluates one checkpoint after the other in a Ray task; RUN/evaluations.jsonl keeps the results by step.
+
+    draw  takes a step and its numbers, for the curves
+    say   takes a line for the user
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: EvaluationConfig,
+        draw: Callable[[int, dict[str, float]], None],
+        say: Callable[[str], None],
+    ):
+        self.run_dir = run_dir
+        self.config = config
+        self.draw = draw
+        self.say = say
+        self.values = {record["step"]: record[config.metric] for record in read_records(run_dir / HISTORY_FILE)}
+        self.waiting: deque[int] = deque()
+        self.running: tuple[int, Any] | None = None
+        for folder in checkpoint_folders(run_dir):
+            self.add(read_step(folder))
+
+    def add(self, step: int) -> None:
+        """Takes a complete checkpoint that was not evaluated yet."""
+        if self.config.shards is not None and step not in self.values and step not in self.needed:
+            self.waiting.append(step)
+
+    @property
+    def needed(self) -> set[int]:
+        """Steps whose checkpoints must stay: the best and those still to be evaluated."""
+        under_way = {self.running[0]} if self.running else set()
+        return {*self.waiting, *under_way, *([] if self.best is None else [self.best])}
+
+    @property
+    def best(self) -> int | None:
+        """The step of the best checkpoint that is there, the earliest of equals; None before the first evaluation."""
+        there = [step for step in sorted(self.values) if checkpoint_folder(self.run_dir, step).exists()]
+        sign = -1 if self.config.lower_is_better else 1
+        return max(there, key=lambda step: sign * self.values[step], default=None)
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether the last `patience` evaluations all were no better than one before them."""
+        sign = -1 if self.config.lower_is_better else 1
+        curve = [sign * self.values[step] for step in sorted(self.values)]
+        patience = self.config.patience
+        return patience is not None and len(curve) > patience and max(curve[-patience:]) <= max(curve[:-patience])
+
+    def poll(self, wait_s: float = 0.0) -> None:
+        """Takes a result that is there, and starts the next evaluation."""
+        import ray
+
+        if self.running is None and self.waiting:
+            step = self.waiting.popleft()
+            self.running = step, self._start(step)
+        if self.running is None:
+            return
+        step, reference = self.running
+        ready, _ = ray.wait([reference], timeout=wait_s)
+        if ready:
+            self.running = None
+            self._take(step, reference)
+
+    def finish(self, tick: Callable[[], None]) -> None:
+        """Waits for all evaluations."""
+        while self.running or self.waiting:
+            self.poll(wait_s=0.5)
+            tick()
+
+    def _start(self, step: int) -> Any:
+        import ray
+
+        task = ray.remote(evaluate).options(num_cpus=self.config.cpus, num_gpus=self.config.gpus, max_retries=2)
+        return task.remote(
+            str(checkpoint_folder(self.run_dir, step)),
+            self.config.shards,
+            device="cuda" if self.config.gpus else "cpu",
+            pairs=self.config.pairs,
+        )
+
+    def _take(self, step: int, reference: Any) -> None:
+        import ray
+
+        try:
+            result = ray.get(reference)
+        except ray.exceptions.RayError as error:  # the training is worth more than one of its evaluations
+            reason = str(getattr(error, "cause", error)).strip().splitlines()[-1]
+            return self.say(f"the evaluation of step {step} failed: {reason}")
+        numbers = flatten(result)
+        self.values[step] = numbers[self.config.metric]
+        with (self.run_dir / HISTORY_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **numbers}) + "\n")
+        self.draw(step, {f"evaluation/{name}": value for name, value in numbers.items()})
+        mark = ", the best so far" if self.best == step else ""
+        return self.say(f"step {step}: {self.config.metric} {self.values[step]:.2f}{mark}")
+
+
+def flatten(result: dict[str, Any]) -> dict[str, float]:
+    """The metrics of `evaluate` by dotted names: text_to_image.R@1, joint.image_to_text.mAP, ..."""
+    numbers: dict[str, float] = {}
+    for ranking in RANKINGS:
+        part = result.get(ranking, {}) if ranking else result
+        for direction in DIRECTIONS if part else ():
+            prefix = f"{ranking}.{direction}" if ranking else direction
+            numbers |= {f"{prefix}.{name}": value for name, value in part[direction].items()}
+    return numbers

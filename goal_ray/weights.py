@@ -1,0 +1,132 @@
+"""CLIP weights from files and folders of other origin: open_clip's, Hugging Face's and OpenAI's layouts.
+
+No code from a file is run: safetensors, pickles with weights_only, and TorchScript archives read as data.
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from open_clip.factory import load_state_dict
+from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, set_model_preprocess_cfg
+from open_clip.transform import PreprocessCfg
+from torch import Tensor, nn
+
+from goal_ray.errors import ModelError
+from goal_ray.hf_config import open_clip_config, open_clip_preprocess
+from goal_ray.hf_weights import is_hf_layout, open_clip_weights
+from goal_ray.torchscript import is_torchscript, read_torchscript
+
+HF_CONFIG_FILE = "config.json"
+HF_WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
+# Where transformers keeps the settings of pictures: the second since version 5.
+HF_PREPROCESS_FILES = ("preprocessor_config.json", "processor_config.json")
+OPENAI_NUMBERS = ("input_resolution", "context_length", "vocab_size")
+
+
+def empty_model(name: str, **options: Any) -> nn.Module:
+    """open_clip's model of that name, to be filled with weights."""
+    logging.disable(logging.WARNING)  # open_clip would warn of random weights, which give way at once
+    try:
+        return open_clip.create_model(name, load_weights=False, **options)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def model_from_file(name: str, path: Path) -> nn.Module:
+    """An open_clip architecture with the weights of a file, which may have any of the three layouts.
+
+    The text context is as long as the file's position table, and the activation that of the weights where the file
+    tells it: OpenAI's layout does, and Hugging Face's with its config.json beside it.
+    """
+    weights, quick_gelu = read_weights(path)
+    if quick_gelu is False and open_clip.get_model_config(name).get("quick_gelu"):
+        raise ModelError(f"{path} was trained without QuickGELU, which model {name} has; choose the model without it")
+    table_LD = weights.get("positional_embedding", weights.get("text.positional_embedding"))
+    length = None if table_LD is None else len(table_LD)
+    clip = empty_model(name, force_quick_gelu=bool(quick_gelu), force_context_length=length)
+    fill(clip, weights)
+    return clip
+
+
+def fill(clip: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Loads a state dict in open_clip's layout; picture positions are resized as open_clip does."""
+    if not hasattr(clip, "positional_embedding"):
+        weights = convert_to_custom_text_state_dict(weights)
+    own = clip.state_dict()
+    for name in ("logit_scale", "logit_bias"):
+        if name in weights and name in own:
+            weights[name] = weights[name].reshape(own[name].shape)
+    if (table_ND := weights.get("visual.positional_embedding")) is not None:
+        weights["visual.positional_embedding"] = table_ND.float()  # half precision cannot be resized on a CPU
+    resize_pos_embed(weights, clip)
+    clip.load_state_dict(weights)
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], bool | None]:
+    """The weights of a file by open_clip's names, and whether they want QuickGELU (None where the file is silent)."""
+    scripted = is_torchscript(path)
+    weights = read_torchscript(path) if scripted else load_state_dict(str(path))
+    if is_hf_layout(weights):
+        config = path.parent / HF_CONFIG_FILE
+        quick = hf_architecture(config)["quick_gelu"] if config.is_file() else None
+        with naming(path):
+            return open_clip_weights(weights), quick
+    numbers = [weights.pop(name, None) for name in OPENAI_NUMBERS]
+    return weights, True if any(number is not None for number in numbers) else None
+
+
+def is_hf_folder(folder: Path) -> bool:
+    """Whether a folder holds a CLIPModel as transformers saves it."""
+    config = folder / HF_CONFIG_FILE
+    return config.is_file() and read_json(config).get("model_type") == "clip"
+
+
+def load_hf_folder(folder: Path) -> tuple[open_clip.CLIP, dict[str, Any]]:
+    """The model in a folder that transformers' CLIPModel.save_pretrained made, and its open_clip architecture."""
+    model_cfg = hf_architecture(folder / HF_CONFIG_FILE)
+    files = [folder / name for name in HF_WEIGHTS_FILES if (folder / name).is_file()]
+    if not files:
+        raise ModelError(f"{folder}: no {' or '.join(HF_WEIGHTS_FILES)}; weights in several files are not supported")
+    clip = open_clip.CLIP(**model_cfg)
+    fill(clip, read_weights(files[0])[0])
+    preprocess = {**asdict(PreprocessCfg()), "size": clip.visual.image_size}
+    stored = next((folder / name for name in HF_PREPROCESS_FILES if (folder / name).is_file()), None)
+    if stored is not None:
+        settings = read_json(stored)
+        with naming(stored):
+            preprocess |= open_clip_preprocess(settings.get("image_processor", settings), clip.visual.image_size[0])
+    set_model_preprocess_cfg(clip, preprocess)
+    return clip, model_cfg
+
+
+def hf_architecture(config: Path) -> dict[str, Any]:
+    """The open_clip architecture of a config.json. Raises ModelError for one that open_clip cannot express."""
+    tree = read_json(config)
+    with naming(config):
+        return open_clip_config(tree)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts the file's name in front of a ModelError."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ModelError for anything else."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: not JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise ModelError(f"{path}: not a JSON object")
+    return tree
