@@ -1,0 +1,133 @@
+"""Time of competitors that take turns, and the peak memory of each in a process of its own."""
+
+import multiprocessing
+import statistics
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+
+from goal_ray.flops import peak_flops, step_flops
+from goal_ray.timing import measure
+from goal_ray.train.benchmark.competitors import COMPETITORS, PARTS, Competitor
+from goal_ray.train.benchmark.work import Settings, make_work
+
+Rounds = list[dict[str, float]]
+"""Seconds by part, for every round."""
+Variants = Mapping[str, tuple[str, Settings]]
+"""What to call it -> a name in COMPETITORS, and its settings."""
+
+
+def compare(variants: Variants, settings: Settings, rounds: int, warmup: int) -> dict[str, Any]:
+    """Measures all variants; returns plain values.
+
+    settings  what the variants have in common: model, batch, device, seed
+    """
+    memory = peak_memory(variants)  # first, while this process holds nothing on the device
+    loaded = settings.load()
+    work = make_work(loaded, settings.batch, settings.seed, settings.device)
+    flops = step_flops(loaded.clip, len(work.pictures_N3SS), work.text_lengths)
+    built = [COMPETITORS[kind](name, loaded, work, own) for name, (kind, own) in variants.items()]
+    times = time_in_turn(built, rounds, warmup)
+    captions, sentences = (ids.shape[1] for ids in (work.batch.text_BL, work.batch.sentences_ML))
+    return {
+        "settings": asdict(settings),
+        "machine": machine(settings.device),
+        "tokens": {"captions": captions, "sentences": sentences},
+        "useful_flops": flops,
+        "variants": {name: numbers(times[name], flops, memory[name], own) for name, (_, own) in variants.items()},
+    }
+
+
+def numbers(rounds: Rounds, flops: int, memory: int, settings: Settings) -> dict[str, Any]:
+    """What is known of one variant."""
+    seconds = statistics.median(step_seconds(rounds))
+    return {
+        "seconds": seconds,
+        "parts": {part: statistics.median(each[part] for each in rounds) for part in PARTS},
+        "images_per_s": settings.batch / seconds,
+        "mfu": utilisation(flops, seconds, settings),
+        "peak_bytes": memory,
+        "rounds": rounds,
+    }
+
+
+def machine(device: str) -> dict[str, str]:
+    """The device and the software."""
+    on_gpu = device.startswith("cuda")
+    cpu = f"{torch.get_num_threads()} CPU threads, {torch.backends.cpu.get_cpu_capability()}"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else cpu,
+        "torch": torch.__version__,
+        "open_clip": open_clip.__version__,
+    }
+
+
+def time_in_turn(competitors: list[Competitor], rounds: int, warmup: int) -> dict[str, Rounds]:
+    """Each competitor's parts in every round after `warmup` untimed ones.
+
+    They take turns, so that a machine that slows down slows all; and begin in turn, since on a GPU the first of a round
+    finds an empty queue.
+    """
+    times: dict[str, Rounds] = {competitor.name: [] for competitor in competitors}
+    for number in range(warmup + rounds):
+        first = number % len(competitors)
+        with measure("between") as seconds:
+            for competitor in competitors[first:] + competitors[:first]:
+                competitor.step()
+        for name, each in times.items():
+            if number >= warmup:
+                each.append({part: seconds.get(f"{name}: {part}", 0.0) for part in PARTS})
+    return times
+
+
+def step_seconds(rounds: Rounds) -> list[float]:
+    """The whole step's seconds, for every round."""
+    return [sum(parts.values()) for parts in rounds]
+
+
+def ratio(over: Rounds, under: Rounds) -> tuple[float, float, float]:
+    """Quotient of two competitors' times: its quartiles over the rounds, the median in the middle.
+
+    Round by round, since the two of a round ran under like conditions.
+    """
+    quotients = [a / b for a, b in zip(step_seconds(over), step_seconds(under), strict=True)]
+    low, median, high = statistics.quantiles(quotients, method="inclusive") if len(quotients) > 1 else quotients * 3
+    return low, median, high
+
+
+def peak_memory(variants: Variants) -> dict[str, int]:
+    """Bytes at the peak of two steps of each variant, each in a fresh process.
+
+    On a GPU what PyTorch allocated; on a CPU all that the process held, Python and its libraries included.
+    """
+    found = {}
+    for name, variant in variants.items():
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            found[name] = process.submit(own_peak_memory, *variant).result()
+    return found
+
+
+def own_peak_memory(competitor: str, settings: Settings) -> int:
+    """Bytes at this process's peak after two steps: the second has gradients, activations and optimizer together."""
+    loaded = settings.load()
+    work = make_work(loaded, settings.batch, settings.seed, settings.device)
+    built = COMPETITORS[competitor](competitor, loaded, work, settings)
+    for _ in range(2):
+        built.step()
+    if settings.device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(settings.device)
+    # Not getrusage, which counts what the parent held when it started this process.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024
+
+
+def utilisation(flops: int, seconds: float, settings: Settings) -> float | None:
+    """Model FLOPs utilisation: the useful work per second, as a share of the device's peak; None if that is unknown."""
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    peak = peak_flops(torch.device(settings.device), dtype)
+    return None if peak is None else flops / seconds / peak
