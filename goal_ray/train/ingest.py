@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from goal_ray.batches import ExampleBuilder, collate, pack
@@ -20,8 +20,10 @@ from goal_ray.ray_session import quiet_ray_data
 from goal_ray.tars import Sample
 from goal_ray.train.scan import ShardIndex, bad_record, own_scan, read_sample
 
-PREFETCH_BATCHES = 4
-STREAM_BATCHES = 2000
+# Ray gives a CPU its next task some hundredths of a second after the last: too long for tasks of one small micro-batch.
+SAMPLES_PER_TASK = 64
+PREFETCH_TASKS = 2
+STREAM_TASKS = 1000
 READ_AHEAD = 8
 
 
@@ -47,10 +49,10 @@ class BatchReader:
     indexes: tuple[Any, ...] | None = None
     text_multiple: int = 1
 
-    def __call__(self, row: dict, first: int = 0) -> dict:
-        """The micro-batch `first` + row["id"], packed, and JSON records of the samples left out of it."""
+    def __call__(self, row: dict[str, int]) -> dict[str, Any]:
+        """The micro-batch number row["id"], packed, and JSON records of the samples left out of it."""
         builder = unpickled(self.builder)
-        epoch, rows = self.order.micro_batch(first + int(row["id"]), self.rank, self.ranks, self.accumulate)
+        epoch, rows = self.order.micro_batch(row["id"], self.rank, self.ranks, self.accumulate)
         places = [(self.urls[shard], self._index(shard, builder.pairs > 0), number) for shard, number in rows.tolist()]
         examples, bad = [], []
         for (url, index, number), sample in zip(places, read_ahead(places), strict=True):
@@ -91,9 +93,18 @@ def read_ahead(places: list[tuple[str, ShardIndex, int]]) -> Iterator[Sample]:
             yield waiting.popleft().result()
 
 
-def read_planned(row: dict, first: int, plan: Any) -> dict:
-    """A micro-batch of the BatchReader that a Ray reference stands for."""
-    return fetched(plan)(row, first)
+def read_run(numbers: Any, plan: Any, first: int, last: int, together: int) -> Any:
+    """The micro-batches of a task, `together` of them from `first` + `together` times its number on, as a table."""
+    import pyarrow
+
+    start = first + together * numbers["id"][0].as_py()
+    read = [fetched(plan)({"id": number}) for number in range(start, min(start + together, last))]
+    return pyarrow.table(
+        {
+            "batch": pyarrow.array([batch["batch"] for batch in read], pyarrow.large_binary()),
+            "bad": [batch["bad"] for batch in read],
+        }
+    )
 
 
 def stream_batches(reader: BatchReader, first: int, last: int) -> Iterator[tuple[bytes, list[dict[str, str]]]]:
@@ -106,10 +117,14 @@ def stream_batches(reader: BatchReader, first: int, last: int) -> Iterator[tuple
 
     quiet_ray_data(preserve_order=True)
     plan = ray.put(reader)  # its addresses, counts and tokenizer are megabytes: a process takes them once, not a task
-    for start in range(first, last, STREAM_BATCHES):
-        count = min(last - start, STREAM_BATCHES)
-        # One block per micro-batch: a block is a task's unit of work and of prefetch.
-        numbers = ray.data.range(count, override_num_blocks=count)
-        dataset = numbers.map(read_planned, fn_args=[start, plan])  # type: ignore[arg-type]  # knows no fn_args
-        for batch in dataset.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=PREFETCH_BATCHES):
-            yield bytes(batch["batch"][0]), json.loads(batch["bad"][0])
+    together = max(1, SAMPLES_PER_TASK * reader.ranks * reader.accumulate // reader.order.global_batch)
+    for start in range(first, last, STREAM_TASKS * together):
+        stop = min(start + STREAM_TASKS * together, last)
+        tasks = -(-(stop - start) // together)
+        # One block per task: a block is a unit of work and of prefetch.
+        numbers = ray.data.range(tasks, override_num_blocks=tasks)
+        read = partial(read_run, plan=plan, first=start, last=stop, together=together)
+        blocks = numbers.map_batches(read, batch_size=None, batch_format="pyarrow")
+        for table in blocks.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCH_TASKS):
+            for batch, bad in zip(table["batch"], table["bad"], strict=True):
+                yield batch.as_py(), json.loads(bad.as_py())
