@@ -143,7 +143,7 @@ def contrastive_terms(features: Features, counts_R4: Tensor, kind: str) -> Tenso
     kind       "clip" or "siglip"
     """
     images, pairs = counts_R4[:, 0].tolist(), counts_R4[:, 1].tolist()
-    scale = features.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+    scale = _AtMost.apply(features.logit_scale, MAX_LOGIT_SCALE).exp()
 
     def contrast(left_BE: Tensor, right_BE: Tensor, counts: Sequence[int]) -> Tensor:
         left_NE, right_NE = gather_rows(left_BE, counts), gather_rows(right_BE, counts)
@@ -316,6 +316,21 @@ def gather_counts(counts_C: Tensor) -> Tensor:
     rows = [torch.empty_like(counts_C) for _ in range(world_size())]
     dist.all_gather(rows, counts_C)
     return torch.stack(rows)
+
+
+class _AtMost(torch.autograd.Function):
+    """A value limited from above, whose gradient may still lower it: under a plain clamp a parameter that an optimizer
+    carried past the limit has none, and stays there."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor, limit: float) -> Tensor:
+        ctx.save_for_backward(value > limit)
+        return value.clamp(max=limit)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (beyond,) = ctx.saved_tensors
+        return gradient.masked_fill(beyond & (gradient < 0), 0.0), None
 
 
 class _GatherRows(torch.autograd.Function):

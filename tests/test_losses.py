@@ -12,7 +12,15 @@ from goal_batches import MEAN, STD, gradients, load, random_batch
 from goal_ray.config import load_config
 from goal_ray.errors import ModelError
 from goal_ray.gradcache import split_batch
-from goal_ray.losses import TERMS, GoalBatch, GoalModel, LossConfig
+from goal_ray.losses import (
+    MAX_LOGIT_SCALE,
+    TERMS,
+    GoalBatch,
+    GoalModel,
+    LossConfig,
+    contrastive_terms,
+    count_batch,
+)
 
 
 def slow_goal_terms(clip, batch: GoalBatch) -> torch.Tensor:
@@ -101,6 +109,28 @@ def test_a_batch_whose_regions_were_all_cut_away_gives_zero_tsl_and_finite_gradi
     terms = GoalModel(loaded.clip, LossConfig(), MEAN, STD).double()(batch)
     assert terms[2:].tolist() == [0, 0]
     assert all(g.isfinite().all() for g in gradients(loaded.clip, terms.sum()).values())
+
+
+@pytest.mark.parametrize(("wrong", "moves"), [(True, True), (False, False)])
+def test_a_logit_scale_beyond_its_limit_counts_as_the_limit_and_can_only_fall(tiny_clip, wrong, moves):
+    loaded = load(tiny_clip)
+    batch = random_batch(loaded.tokenizer, seed=3)
+    model = GoalModel(
+        loaded.clip, LossConfig(weight_local=0, weight_tsl_image=0, weight_tsl_text=0), MEAN, STD
+    ).double()
+    features = model(batch, features_only=True)
+    # Pairs that match exactly want a larger scale; mismatched ones a smaller.
+    text = features.image_BE.roll(1, dims=0) if wrong else features.image_BE
+    beyond = torch.tensor([MAX_LOGIT_SCALE + 1], requires_grad=True)
+    at_limit = torch.tensor([MAX_LOGIT_SCALE], requires_grad=True)
+    losses = [
+        contrastive_terms(features._replace(text_BE=text, logit_scale=scale), count_batch(batch)[None], "clip")[0]
+        for scale in (beyond, at_limit)
+    ]
+    assert losses[0] == losses[1]
+    losses[0].backward()
+    assert (beyond.grad.item() > 0) == moves
+    assert beyond.grad.item() >= 0
 
 
 def test_siglip_needs_a_logit_bias(tiny_clip):

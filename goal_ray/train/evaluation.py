@@ -1,7 +1,6 @@
 """Evaluation of a run's checkpoints beside the training: which is the best, and whether to go on."""
 
 import json
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,9 @@ DIRECTIONS = ("text_to_image", "image_to_text")
 class Evaluations:
     """Evaluates one checkpoint after the other in a Ray task; RUN/evaluations.jsonl keeps the results by step.
 
+    While one is evaluated the newest of those that come waits, and those between are left out: a slow evaluation costs
+    points of the curve, not a disk full of checkpoints.
+
     draw  takes a step and its numbers, for the curves
     say   takes a line for the user
     """
@@ -35,21 +37,21 @@ class Evaluations:
         self.draw = draw
         self.say = say
         self.values = {record["step"]: record[config.metric] for record in read_records(run_dir / HISTORY_FILE)}
-        self.waiting: deque[int] = deque()
+        self.waiting: int | None = None
         self.running: tuple[int, Any] | None = None
         for folder in checkpoint_folders(run_dir):
             self.add(read_step(folder))
 
     def add(self, step: int) -> None:
-        """Takes a complete checkpoint that was not evaluated yet."""
+        """Takes a complete checkpoint; one that was evaluated, or is being, is not evaluated again."""
         if self.config.shards is not None and step not in self.values and step not in self.needed:
-            self.waiting.append(step)
+            self.waiting = step
 
     @property
     def needed(self) -> set[int]:
         """Steps whose checkpoints must stay: the best and those still to be evaluated."""
-        under_way = {self.running[0]} if self.running else set()
-        return {*self.waiting, *under_way, *([] if self.best is None else [self.best])}
+        running = None if self.running is None else self.running[0]
+        return {step for step in (self.waiting, running, self.best) if step is not None}
 
     @property
     def best(self) -> int | None:
@@ -70,9 +72,9 @@ class Evaluations:
         """Takes a result that is there, and starts the next evaluation."""
         import ray
 
-        if self.running is None and self.waiting:
-            step = self.waiting.popleft()
-            self.running = step, self._start(step)
+        if self.running is None and self.waiting is not None:
+            self.running = self.waiting, self._start(self.waiting)
+            self.waiting = None
         if self.running is None:
             return
         step, reference = self.running
@@ -83,7 +85,7 @@ class Evaluations:
 
     def finish(self, tick: Callable[[], None]) -> None:
         """Waits for all evaluations."""
-        while self.running or self.waiting:
+        while self.running is not None or self.waiting is not None:
             self.poll(wait_s=0.5)
             tick()
 

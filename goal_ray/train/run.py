@@ -20,7 +20,7 @@ from goal_ray.order import BatchOrder
 from goal_ray.ray_session import ray_session
 from goal_ray.tars import expand_shards, shard_name
 from goal_ray.train.attempts import Attempts, cluster_resources, most_workers
-from goal_ray.train.checkpoint import checkpoint_folder, checkpoint_folders, newest_intact, read_step
+from goal_ray.train.checkpoint import checkpoint_folder, checkpoint_folders, newest_intact, prune_checkpoints, read_step
 from goal_ray.train.config import TrainConfig
 from goal_ray.train.cost import COST_FILE, Cost
 from goal_ray.train.evaluation import Evaluations
@@ -141,6 +141,7 @@ def train(config: TrainConfig, resume: bool = False) -> TrainResult:
                     check_share(list(recorder.bad.values()), samples, config.data.max_bad_share)
                     line.show("evaluating")
                     evaluations.finish(line.tick)
+                    prune_checkpoints(run_dir, config.keep_checkpoints, evaluations.needed)
                     recorder.count_time()
                     ended = {"steps": step, "seconds": round(recorder.seconds, 1), "ending": ending}
                     (run_dir / RESULT_FILE).write_text(json.dumps(ended), encoding="utf-8")

@@ -34,10 +34,12 @@ def test_a_best_checkpoint_that_is_gone_is_not_the_best(tmp_path):
     assert evaluations(tmp_path, {2: 10.0, 4: 30.0, 6: 20.0}, there=[2, 6]).best == 6
 
 
-def test_checkpoints_that_nobody_evaluated_yet_wait_and_stay(tmp_path):
+def test_of_the_checkpoints_that_nobody_evaluated_yet_the_newest_waits_and_stays(tmp_path):
     found = evaluations(tmp_path, {2: 10.0, 4: 5.0}, there=[2, 4, 6, 8])
-    assert list(found.waiting) == [6, 8]
-    assert found.needed == {2, 6, 8}
+    assert found.waiting == 8
+    assert found.needed == {2, 8}
+    found.add(10)
+    assert found.needed == {2, 10}
 
 
 @pytest.mark.parametrize(

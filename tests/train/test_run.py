@@ -225,9 +225,9 @@ def test_the_best_checkpoint_is_exported_and_a_run_that_no_longer_gets_better_en
     ended = train(config)
     assert 4 <= ended.steps < 2000
     history = read_lines(ended.run_dir / "evaluations.jsonl")
-    assert [record["step"] for record in history][:2] == [2, 4]
+    assert [record["step"] for record in history] == sorted({record["step"] for record in history})
     # Nothing moves at this learning rate, so the first is the best, and it stays beside the newest.
-    assert ended.best_step == 2
+    assert ended.best_step == history[0]["step"] == 2
     kept = sorted(path.name for path in (ended.run_dir / "checkpoints").iterdir())
     assert kept == ["step-00000002", f"step-{ended.steps:08d}"]
     assert (ended.model_dir / "open_clip_model.safetensors").read_bytes() == (
