@@ -3,13 +3,12 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from goal_ray.flops import step_flops
 from goal_ray.losses import LossConfig
 from goal_ray.step import StepConfig
 from goal_ray.timing import measure
@@ -23,7 +22,7 @@ from goal_ray.train.benchmark.work import CONTEXT, Settings, Work, make_work
 
 @pytest.fixture(scope="module")
 def settings(tiny_clip: str) -> Settings:
-    return Settings(tiny_clip, batch=3, seed=5)
+    return Settings(tiny_clip, batch=3, seed=5, step=StepConfig(text_multiple=1))
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +32,12 @@ def loaded(settings: Settings):
 
 @pytest.fixture(scope="module")
 def work(loaded, settings: Settings) -> Work:
-    return make_work(loaded, settings.batch, settings.seed, settings.device)
+    return make_work(loaded, settings)
 
 
-def test_captions_are_long_and_hold_their_sentences(loaded, work):
+def test_captions_are_long_and_hold_their_sentences(loaded, work, settings):
     assert all(sentence in caption for caption, sentence in zip(work.captions, work.sentences, strict=True))
-    many = make_work(loaded, 40, 0, "cpu")
+    many = make_work(loaded, replace(settings, batch=40))
     captions, sentences = ((ids > 0).sum(1) for ids in (many.batch.text_BL, many.batch.sentences_ML))
     assert captions.min() >= 90
     assert captions.max() < CONTEXT
@@ -47,7 +46,7 @@ def test_captions_are_long_and_hold_their_sentences(loaded, work):
 
 
 def test_the_same_seed_draws_the_same_batch(loaded, work, settings):
-    again = make_work(loaded, settings.batch, settings.seed, "cpu")
+    again = make_work(loaded, settings)
     assert again.captions == work.captions
     assert all(torch.equal(a, b) for a, b in zip(again.batch, work.batch, strict=True))
 
@@ -82,7 +81,7 @@ def test_the_floor_does_the_useful_work_and_nothing_else(loaded, work, settings)
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    useful = step_flops(loaded.clip, len(work.pictures_N3SS), work.text_lengths)
+    useful = work.useful_flops(loaded.clip)
     built = COMPETITORS["plain"]("plain", loaded, work, settings)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         built.loss().backward()
