@@ -1,10 +1,7 @@
 """The step's benchmark compares like with like: its competitors compute the same loss, or the same work."""
 
 import json
-import subprocess
-import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -143,16 +140,12 @@ def test_each_switch_is_turned_over_alone():
     assert len(turned) == len(SWITCHES)
 
 
-def test_the_command_prints_ratios_and_writes_all_numbers(tiny_clip, tmp_path):
+def test_the_command_prints_ratios_and_writes_all_numbers(tiny_clip, tmp_path, capsys):
     out = tmp_path / "step.json"
-    command = [sys.executable, "-m", "goal_ray.train.benchmark", "--model", tiny_clip, "--batch", "2"]
-    arguments = ["--steps", "2", "--warmup", "1", "--device", "cpu", "--out", str(out)]
-    finished = subprocess.run(
-        [*command, *arguments], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert "published / goal" in finished.stdout
-    assert "goal / plain" in finished.stdout
+    main(["--model", tiny_clip, "--batch=2", "--steps=2", "--warmup=1", "--device=cpu", "--out", str(out)])
+    printed = capsys.readouterr().out
+    assert "published / goal" in printed
+    assert "goal / plain" in printed
     result = json.loads(out.read_text())
     assert list(result["variants"]) == ["goal", "plain", "published"]
     for each in result["variants"].values():

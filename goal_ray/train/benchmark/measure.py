@@ -104,9 +104,11 @@ def peak_memory(variants: Variants) -> dict[str, int]:
 
     On a GPU what PyTorch allocated; on a CPU all that the process held, Python and its libraries included.
     """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # imported once, and nothing computed yet
     found = {}
     for name, variant in variants.items():
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        with ProcessPoolExecutor(1, mp_context=context) as process:
             found[name] = process.submit(own_peak_memory, *variant).result()
     return found
 
