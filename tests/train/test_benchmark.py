@@ -1,15 +1,11 @@
 """The step's benchmark compares like with like: its competitors compute the same loss, or the same work."""
 
 import json
-import subprocess
-import sys
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
-from goal_ray.flops import step_flops
 from goal_ray.losses import LossConfig
 from goal_ray.step import StepConfig
 from goal_ray.timing import measure
@@ -23,7 +19,7 @@ from goal_ray.train.benchmark.work import CONTEXT, Settings, Work, make_work
 
 @pytest.fixture(scope="module")
 def settings(tiny_clip: str) -> Settings:
-    return Settings(tiny_clip, batch=3, seed=5)
+    return Settings(tiny_clip, batch=3, seed=5, step=StepConfig(text_multiple=1))
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +29,12 @@ def loaded(settings: Settings):
 
 @pytest.fixture(scope="module")
 def work(loaded, settings: Settings) -> Work:
-    return make_work(loaded, settings.batch, settings.seed, settings.device)
+    return make_work(loaded, settings)
 
 
-def test_captions_are_long_and_hold_their_sentences(loaded, work):
+def test_captions_are_long_and_hold_their_sentences(loaded, work, settings):
     assert all(sentence in caption for caption, sentence in zip(work.captions, work.sentences, strict=True))
-    many = make_work(loaded, 40, 0, "cpu")
+    many = make_work(loaded, replace(settings, batch=40))
     captions, sentences = ((ids > 0).sum(1) for ids in (many.batch.text_BL, many.batch.sentences_ML))
     assert captions.min() >= 90
     assert captions.max() < CONTEXT
@@ -47,7 +43,7 @@ def test_captions_are_long_and_hold_their_sentences(loaded, work):
 
 
 def test_the_same_seed_draws_the_same_batch(loaded, work, settings):
-    again = make_work(loaded, settings.batch, settings.seed, "cpu")
+    again = make_work(loaded, settings)
     assert again.captions == work.captions
     assert all(torch.equal(a, b) for a, b in zip(again.batch, work.batch, strict=True))
 
@@ -82,7 +78,7 @@ def test_the_floor_does_the_useful_work_and_nothing_else(loaded, work, settings)
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    useful = step_flops(loaded.clip, len(work.pictures_N3SS), work.text_lengths)
+    useful = work.useful_flops(loaded.clip)
     built = COMPETITORS["plain"]("plain", loaded, work, settings)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         built.loss().backward()
@@ -144,16 +140,12 @@ def test_each_switch_is_turned_over_alone():
     assert len(turned) == len(SWITCHES)
 
 
-def test_the_command_prints_ratios_and_writes_all_numbers(tiny_clip, tmp_path):
+def test_the_command_prints_ratios_and_writes_all_numbers(tiny_clip, tmp_path, capsys):
     out = tmp_path / "step.json"
-    command = [sys.executable, "-m", "goal_ray.train.benchmark", "--model", tiny_clip, "--batch", "2"]
-    arguments = ["--steps", "2", "--warmup", "1", "--device", "cpu", "--out", str(out)]
-    finished = subprocess.run(
-        [*command, *arguments], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert "published / goal" in finished.stdout
-    assert "goal / plain" in finished.stdout
+    main(["--model", tiny_clip, "--batch=2", "--steps=2", "--warmup=1", "--device=cpu", "--out", str(out)])
+    printed = capsys.readouterr().out
+    assert "published / goal" in printed
+    assert "goal / plain" in printed
     result = json.loads(out.read_text())
     assert list(result["variants"]) == ["goal", "plain", "published"]
     for each in result["variants"].values():

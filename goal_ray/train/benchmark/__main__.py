@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,13 +26,14 @@ DESCRIPTION = """Measure goal_ray's training step, forward, backward and optimiz
   plain      the floor: open_clip's forwards of as many pictures and texts, and its contrastive loss; same switches,
              precision and optimizer as goal_ray's
 
-All compute on the same pictures (noise), captions (100 to 200 tokens) and weights (random), take turns in one process,
-and each counts by its median over the rounds. Peak memory is that of two steps in a process of its own: on a GPU what
-PyTorch allocated, on a CPU everything resident. MFU is the useful work, the same for all: each picture, crop, caption
-and sentence once through its tower and back, texts cut to the longest, over time and peak. The peak is the data
-sheet's on a GPU, and measured on a CPU.
+All compute on the same pictures (noise), captions (about 100 to 200 tokens) and weights (random), take turns in one
+process, and each counts by its median over the rounds. Peak memory is that of two steps in a process of its own: on a
+GPU what PyTorch allocated, on a CPU everything resident. MFU is the useful work, the same for all, over time and peak:
+each picture, crop, caption and sentence once through its tower and back, texts as long as the longest. The peak is the
+data sheet's on a GPU, and measured on a CPU.
 
-With --switches goal_ray's step alone is measured, as given and with one switch at a time turned over."""
+With --switches goal_ray's step alone is measured: as given, and with one switch at a time turned over, a multiple set
+to 1."""
 EXAMPLES = """examples:
   python -m goal_ray.train.benchmark --model ViT-B-16 --batch 4 --steps 7
   python -m goal_ray.train.benchmark --model ViT-L-14 --batch 128 --precision bf16 --compile --out step.json
@@ -89,13 +91,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--switches", nargs="*", choices=SWITCHES, help="measure the worth of these switches (no name: of each)"
     )
     switches = parser.add_argument_group("switches of goal_ray's step, and of plain's where it has them")
+    meanings = dict(re.findall(r"^ *(\w+): (.*)$", StepConfig.__doc__ or "", re.MULTILINE))
     for field in fields(StepConfig):
-        switches.add_argument(
-            "--" + field.name.replace("_", "-"),
-            action=argparse.BooleanOptionalAction,
-            default=field.default,
-            help=meaning(field.name) + f" ({'on' if field.default else 'off'})",
-        )
+        kind: dict[str, Any] = {"type": int} if field.type is int else {"action": argparse.BooleanOptionalAction}
+        help_text = f"{meanings[field.name]} ({field.default})".replace("%", "%%")
+        switches.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=help_text, **kind)
     options = parser.parse_args(arguments)
     if options.batch < 2:
         parser.error("--batch must be at least 2: a contrastive loss needs something to tell apart")
@@ -104,19 +104,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def meaning(switch: str) -> str:
-    """What StepConfig's docstring says of a switch, for argparse."""
-    found = re.search(rf"^ *{switch}: (.*)$", StepConfig.__doc__ or "", re.MULTILINE)
-    return found[1].replace("%", "%%") if found else ""
-
-
 def turn(settings: Settings, switch: str) -> tuple[str, Settings]:
     """The settings with one switch turned over, and what to call that."""
     if switch == "precision":
         other: Precision = "fp32" if settings.precision == "bf16" else "bf16"
         return other, replace(settings, precision=other)
-    on = not getattr(settings.step, switch)
-    return f"{switch} {'on' if on else 'off'}", replace(settings, step=replace(settings.step, **{switch: on}))
+    value = getattr(settings.step, switch)
+    turned: Any = not value if isinstance(value, bool) else 1
+    label = {True: "on", False: "off"}[turned] if isinstance(value, bool) else turned
+    return f"{switch} {label}", replace(settings, step=replace(settings.step, **{switch: turned}))
 
 
 if __name__ == "__main__":

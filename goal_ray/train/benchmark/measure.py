@@ -11,7 +11,7 @@ from typing import Any
 import open_clip
 import torch
 
-from goal_ray.flops import peak_flops, step_flops
+from goal_ray.flops import peak_flops
 from goal_ray.timing import measure
 from goal_ray.train.benchmark.competitors import COMPETITORS, PARTS, Competitor
 from goal_ray.train.benchmark.work import Settings, make_work
@@ -29,15 +29,14 @@ def compare(variants: Variants, settings: Settings, rounds: int, warmup: int) ->
     """
     memory = peak_memory(variants)  # first, while this process holds nothing on the device
     loaded = settings.load()
-    work = make_work(loaded, settings.batch, settings.seed, settings.device)
-    flops = step_flops(loaded.clip, len(work.pictures_N3SS), work.text_lengths)
-    built = [COMPETITORS[kind](name, loaded, work, own) for name, (kind, own) in variants.items()]
+    built = [COMPETITORS[kind](name, loaded, make_work(loaded, own), own) for name, (kind, own) in variants.items()]
     times = time_in_turn(built, rounds, warmup)
-    captions, sentences = (ids.shape[1] for ids in (work.batch.text_BL, work.batch.sentences_ML))
+    work = make_work(loaded, settings)
+    flops = work.useful_flops(loaded.clip)
     return {
         "settings": asdict(settings),
         "machine": machine(settings.device),
-        "tokens": {"captions": captions, "sentences": sentences},
+        "tokens": dict(zip(("captions", "sentences"), work.longest, strict=True)),
         "useful_flops": flops,
         "variants": {name: numbers(times[name], flops, memory[name], own) for name, (_, own) in variants.items()},
     }
@@ -105,9 +104,11 @@ def peak_memory(variants: Variants) -> dict[str, int]:
 
     On a GPU what PyTorch allocated; on a CPU all that the process held, Python and its libraries included.
     """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # imported once, and nothing computed yet
     found = {}
     for name, variant in variants.items():
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        with ProcessPoolExecutor(1, mp_context=context) as process:
             found[name] = process.submit(own_peak_memory, *variant).result()
     return found
 
@@ -115,7 +116,7 @@ def peak_memory(variants: Variants) -> dict[str, int]:
 def own_peak_memory(competitor: str, settings: Settings) -> int:
     """Bytes at this process's peak after two steps: the second has gradients, activations and optimizer together."""
     loaded = settings.load()
-    work = make_work(loaded, settings.batch, settings.seed, settings.device)
+    work = make_work(loaded, settings)
     built = COMPETITORS[competitor](competitor, loaded, work, settings)
     for _ in range(2):
         built.step()

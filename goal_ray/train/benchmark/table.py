@@ -61,7 +61,7 @@ def show_switches(result: dict[str, Any], given: str) -> str:
 def head(result: dict[str, Any]) -> str:
     """What was measured on which machine."""
     settings, machine, tokens = result["settings"], result["machine"], result["tokens"]
-    on = [name for name, value in settings["step"].items() if value]
+    on = [name if value is True else f"{name} {value}" for name, value in settings["step"].items() if value]
     return "\n".join(
         [
             f"{settings['model']}, {settings['batch']} pictures and as many crops; captions of {tokens['captions']} "

@@ -6,9 +6,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from goal_ray.batches import Example, collate
+from goal_ray.flops import step_flops
 from goal_ray.losses import GoalBatch, count_batch
 from goal_ray.model import LoadedModel, ModelConfig, load_model
 from goal_ray.step import StepConfig
@@ -69,6 +70,7 @@ class Work(NamedTuple):
     pictures_N3SS       pictures, then crops, normalised float32: what a data loader of open_clip's transforms gives
     captions, sentences strings; a sentence is a part of its caption
     boxes_px_M4         int64 (x0, y0, x1, y1) in pixels of the square
+    longest             tokens of the longest caption and of the longest sentence
     """
 
     batch: GoalBatch
@@ -76,21 +78,26 @@ class Work(NamedTuple):
     captions: list[str]
     sentences: list[str]
     boxes_px_M4: Tensor
+    longest: tuple[int, int]
 
-    @property
-    def text_lengths(self) -> list[int]:
-        """Tokens of every caption and sentence, as padded to the longest."""
-        return [ids.shape[1] for ids in (self.batch.text_BL, self.batch.sentences_ML) for _ in ids]
+    def useful_flops(self, clip: nn.Module) -> int:
+        """Of a step that takes each picture, crop, caption and sentence through its tower and back once.
+
+        Texts count as padded to the longest, but not to a multiple of anything.
+        """
+        caption, sentence = self.longest
+        lengths = [caption] * len(self.captions) + [sentence] * len(self.sentences)
+        return step_flops(clip, len(self.pictures_N3SS), lengths)
 
 
-def make_work(loaded: LoadedModel, batch: int, seed: int, device: str) -> Work:
+def make_work(loaded: LoadedModel, settings: Settings) -> Work:
     """Noise with long captions of real words: 100 to 200 tokens in sentences of 10 to 40."""
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(settings.seed)
     size = loaded.size_px
     encoder = CaptionEncoder(loaded.tokenizer)
     patch = size // loaded.grid_HW[0]
     examples, captions, sentences, boxes_px = [], [], [], []
-    for _ in range(batch):
+    for _ in range(settings.batch):
         caption, spans = draw_caption(random)
         span = spans[random.integers(len(spans))]
         box_px = draw_box(random, size)
@@ -108,13 +115,21 @@ def make_work(loaded: LoadedModel, batch: int, seed: int, device: str) -> Work:
                 spans_P2=encoded.spans_tokens,
             )
         )
-    arrays: dict[str, Any] = {name: torch.from_numpy(array) for name, array in collate(examples).items()}
-    on_host = GoalBatch(**arrays)
-    counts_R4 = count_batch(on_host)[None]
-    made = GoalBatch(**{name: tensor.to(device) for name, tensor in arrays.items()}, counts_R4=counts_R4)
-    mean_311, std_311 = (torch.tensor(loaded.preprocess[name], device=device).view(3, 1, 1) for name in ("mean", "std"))
-    pictures_N3SS = (torch.cat([made.images_B3SS, made.crops_M3SS]).float() / 255 - mean_311) / std_311
-    return Work(made, pictures_N3SS, captions, sentences, torch.tensor(boxes_px, device=device))
+    arrays = collate(examples, settings.step.text_multiple, CONTEXT)
+    on_host: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    on_device = {name: tensor.to(settings.device) for name, tensor in on_host.items()}
+    made = GoalBatch(**on_device, counts_R4=count_batch(GoalBatch(**on_host))[None])
+    mean_311, std_311 = (
+        torch.tensor(loaded.preprocess[name], device=settings.device).view(3, 1, 1) for name in ("mean", "std")
+    )
+    return Work(
+        made,
+        (torch.cat([made.images_B3SS, made.crops_M3SS]).float() / 255 - mean_311) / std_311,
+        captions,
+        sentences,
+        torch.tensor(boxes_px, device=settings.device),
+        (max(len(each.text_L) for each in examples), max(len(each.sentences[0]) for each in examples)),
+    )
 
 
 def draw_caption(random: np.random.Generator) -> tuple[str, list[tuple[int, int]]]:
