@@ -1,15 +1,21 @@
 """From a stored sample to the arrays of a GOAL batch."""
 
 import io
+import zlib
 
 import numpy as np
 import pytest
+import skimage.data
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from test_images import STORED
 
-from goal_ray.batches import ExampleBuilder, collate, pack, unpack
+from goal_ray.batches import ExampleBuilder, collate, decode_factor, pack, unpack
 from goal_ray.errors import CaptionError, ImageError, ShardError
-from goal_ray.geometry import PixelGeometry, ResizeConfig
+from goal_ray.geometry import PixelGeometry, ResizeConfig, View, crop_box
+from goal_ray.images import decode_image
 from goal_ray.model import ModelConfig, load_model
 from goal_ray.pairs import Pair, PairRecord, Region
 from goal_ray.tars import Sample
@@ -84,6 +90,106 @@ def test_a_random_crop_is_fixed_by_seed_and_key(encoder):
     assert first == same
     assert first != other_seed
     assert first != other_key
+
+
+def test_texts_are_padded_to_a_multiple_but_not_beyond_the_context(encoder):
+    examples = [builder(encoder)(sample(), "tar", 0)]
+    plain = collate(examples)
+    longest, sentence = plain["text_BL"].shape[1], plain["sentences_ML"].shape[1]
+    assert (longest, sentence) == (10, 6)
+    for multiple, context, expected in ((8, 77, (16, 8)), (8, 13, (13, 8)), (1, 77, (10, 6)), (64, 10, (10, 10))):
+        padded = collate(examples, multiple, context)
+        assert (padded["text_BL"].shape[1], padded["sentences_ML"].shape[1]) == expected
+        assert np.array_equal(padded["text_BL"][:, :longest], plain["text_BL"])
+        assert not padded["text_BL"][:, longest:].any()
+        assert not padded["sentences_ML"][:, sentence:].any()
+
+
+def whole_view(width, height, size_px) -> View:
+    return PixelGeometry(ResizeConfig("squash"), size_px, (4, 4)).view((width, height))
+
+
+@pytest.mark.parametrize(
+    ("views", "factor"),
+    [
+        ([(96, 96)], 2),
+        ([(95, 200)], 1),  # one side short of 1.5 decoded pixels for each of the 32
+        ([(384, 384)], 8),
+        ([(10_000, 10_000)], 8),
+        ([(384, 384), (100, 300)], 2),
+        ([(384, 384), (20, 20)], 1),  # a region smaller than its square needs every pixel
+    ],
+)
+def test_a_picture_is_decoded_as_small_as_its_most_detailed_view_allows(views, factor):
+    assert decode_factor([whole_view(*size, 32) for size in views]) == factor
+
+
+def jpeg_sample(image: Image.Image, orientation: int, boxes) -> Sample:
+    """A sample of this upright picture, whose sentences speak of the boxes."""
+    turn = STORED[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    (image if turn is None else image.transpose(turn)).save(buffer, "JPEG", quality=95, subsampling=0, exif=exif)
+    spans = tuple((2 * number, 2 * number + 1) for number in range(len(boxes)))
+    pairs = tuple(Pair(number, number, 1 - number / 10) for number in range(len(boxes)))
+    record = PairRecord(image.size, spans, tuple(Region(box, 1.0, "grid") for box in boxes), pairs, {})
+    text = " ".join("abcdefgh"[: len(boxes)]).encode()
+    return Sample("a", {"jpg": buffer.getvalue(), "txt": text, "pairs.json": record.to_bytes()})
+
+
+def exact(build: ExampleBuilder, stored: Sample, boxes, seed: int):
+    """Square, boxes in cells, and crops of the whole picture, each resized by PIL."""
+    image = decode_image(stored.image_bytes())
+    square, cells = build.geometry(image, np.array(boxes), zlib.crc32(stored.key.encode(), seed))
+    return square, cells, [build.crop_geometry(crop_box(image, box), np.empty((0, 4)))[0] for box in boxes]
+
+
+def bright_extent(square_3SS: np.ndarray) -> np.ndarray:
+    """The box, in pixels of the square, around all that is more than half bright."""
+    ys, xs = np.nonzero(square_3SS[1] > 127)
+    return np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
+
+
+@given(st.data())
+@settings(max_examples=60)
+@pytest.mark.parametrize("mode", ["shortest", "squash", "random_resized_crop"])
+def test_a_picture_decoded_smaller_shows_everything_where_the_whole_one_does(encoder, mode, data):
+    width, height = data.draw(st.integers(200, 900)), data.draw(st.integers(200, 900))
+    # A white box around the middle, which every mode sees, and a region of the picture, in quarter pixels, around it.
+    x0, x1 = round(width / 2 - min(width, height) / 5), round(width / 2 + min(width, height) / 6)
+    y0, y1 = round(height / 2 - min(width, height) / 6), round(height / 2 + min(width, height) / 5)
+    limits = (0, x0 - 9), (0, y0 - 9), (x1 + 9, width), (y1 + 9, height)
+    region = tuple(data.draw(st.integers(4 * least, 4 * most)) / 4 for least, most in limits)
+    image = Image.new("RGB", (width, height))
+    image.paste((255, 255, 255), (x0, y0, x1, y1))
+    stored = jpeg_sample(image, data.draw(st.sampled_from(list(STORED))), [region])
+    seed = data.draw(st.integers(0, 2**31))
+    geometries = [PixelGeometry(ResizeConfig(each, 0.8), 32, (4, 4)) for each in (mode, "squash")]
+    build = ExampleBuilder(*geometries, encoder, 77, 1)
+    example = build(stored, "tar", seed)
+    square, cells, (crop,) = exact(build, stored, [region], seed)
+    assert np.array_equal(example.boxes_P4, cells)
+    # Less than one decoded pixel by decoding and half of one by rounding, each at most 1 / 1.5 pixels of the square,
+    # and one for the step at which brightness is read.
+    assert np.abs(bright_extent(example.image_3SS) - bright_extent(square)).max() <= 2
+    assert np.abs(bright_extent(example.crops_P3SS[0]) - bright_extent(crop)).max() <= 2
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+@pytest.mark.parametrize("name", ["astronaut", "coffee", "chelsea"])
+def test_photographs_decoded_smaller_look_the_same(encoder, name, factor):
+    image = Image.fromarray(getattr(skimage.data, name)())
+    side = int(min(image.size) / factor / 1.5)  # the least that still allows the factor
+    geometry = PixelGeometry(ResizeConfig(), side, (4, 4))
+    build = ExampleBuilder(geometry, geometry, encoder, 77, 1)
+    stored = jpeg_sample(image, 1, [(0.0, 0.0, *image.size)])
+    assert decode_factor([geometry.view(image.size)]) == factor
+    example = build(stored, "tar", 0)
+    square, _, (crop,) = exact(build, stored, [(0.0, 0.0, *image.size)], 0)
+    for found, expected in ((example.image_3SS, square), (example.crops_P3SS[0], crop)):
+        # 0.8 to 1.6 levels of 256 were measured; one pixel to the side, these pictures differ by 8 and more.
+        assert np.abs(found.astype(int) - expected).mean() <= 2
 
 
 @pytest.mark.parametrize(

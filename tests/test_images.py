@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from goal_ray.errors import ImageError
-from goal_ray.images import MAX_SCANS, decode_image, format_name, shrink, upright_size
+from goal_ray.images import MAX_SCANS, decode_image, format_name, open_picture, pixels_CHW, shrink, upright_size
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 # Upright, so that every flip and turn shows: red | green over blue | white, each 40 × 24 px.
@@ -82,6 +82,36 @@ def test_every_exif_orientation_comes_out_upright(format, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     assert_shows_quadrants(decode_image(encode(stored, format, exif=exif)), tolerance=6)
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4, 8])
+@pytest.mark.parametrize("orientation", STORED)
+def test_a_jpeg_decoded_smaller_is_upright_too_and_its_size_is_the_stored_one(orientation, factor):
+    turn = STORED[orientation]
+    upright = PICTURE.crop((0, 0, 79, 47))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = upright if turn is None else upright.transpose(turn)
+    picture = open_picture(encode(stored, "JPEG", exif=exif, subsampling=0))
+    assert picture.size == (79, 47)
+    small = picture.decode(factor)
+    assert small.size == (-(-79 // factor), -(-47 // factor))
+    corners = np.asarray(small, int)[[0, 0, -1, -1], [0, -1, 0, -1]]
+    # The last blocks of 8 are not whole, and the encoder chooses what fills them.
+    assert np.abs(corners - QUADRANTS.reshape(4, 3)).max() <= 20
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP"])
+def test_other_formats_are_decoded_whole_whatever_is_asked_for(format):
+    assert_shows_quadrants(open_picture(encode(PICTURE, format)).decode(4), tolerance=6)
+
+
+@pytest.mark.parametrize("size", [(90, 60), (3000, 2000)])  # PIL keeps the larger one in several blocks of memory
+def test_the_tensor_of_a_picture_holds_its_pixels(size):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8))
+    found = pixels_CHW(image)
+    assert found.shape[1:] == size[::-1]
+    assert np.array_equal(found[:3].permute(1, 2, 0).numpy(), np.asarray(image))
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")

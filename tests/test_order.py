@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from goal_ray.errors import StageError
-from goal_ray.order import BatchOrder
+from goal_ray.order import BatchOrder, _window_rows
 
 counts = st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(lambda values: sum(values) >= 8)
 
@@ -32,6 +32,18 @@ def test_a_global_batch_is_the_same_for_any_number_of_workers(counts, layout, st
     rows = order.epoch(expected)[step_in_epoch * 8 : step_in_epoch * 8 + 8]
     assert {epoch for epoch, _ in parts} == {expected}
     assert sorted(map(tuple, np.concatenate([rows for _, rows in parts]))) == sorted(map(tuple, rows))
+
+
+def test_only_the_windows_of_a_batch_are_made():
+    order = BatchOrder((10_000,) * 1_000, 64, seed=0, window_shards=2)
+    _window_rows.cache_clear()
+    order.micro_batch(77_777, 0, 1, 1)
+    assert _window_rows.cache_info().misses <= 2
+
+
+def test_the_windows_of_an_epoch_are_shuffled_differently():
+    rows = BatchOrder((8, 8), 8, seed=0, window_shards=1).epoch(0)
+    assert rows[:8, 1].tolist() != rows[8:, 1].tolist()
 
 
 def test_epochs_and_seeds_differ():

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,22 +14,23 @@ from goal_ray.losses import LossConfig
 from goal_ray.model import ModelConfig, load_model
 from goal_ray.order import BatchOrder
 from goal_ray.tars import expand_shards, write_tar
+from goal_ray.train import ingest
 from goal_ray.train.config import DataConfig, TrainConfig
 from goal_ray.train.ingest import BatchReader, stream_batches
 from goal_ray.train.loop import build_examples
-from goal_ray.train.scan import scan_shard, scan_shards
+from goal_ray.train.scan import index_shards, read_sample, scan_shard, scan_shards
 
 BATCH = 4
 
 
-def make_reader(folder, tiny_clip, rank=0, ranks=1, pairs=1, loss=None, accumulate=1) -> BatchReader:
+def make_reader(folder, tiny_clip, rank=0, ranks=1, pairs=1, loss=None, accumulate=1, **fields) -> BatchReader:
     urls = tuple(expand_shards(str(folder)))
     loss = loss or LossConfig()
     config = TrainConfig(ModelConfig(tiny_clip), DataConfig(str(folder), pairs_per_image=pairs), loss)
     counts = tuple(len(scan_shard(url, loss.needs_pairs)) for url in urls)
     order = BatchOrder(counts, BATCH * ranks * accumulate, seed=3, window_shards=16)
     builder = pickle.dumps(build_examples(config, load_model(config.model)))
-    return BatchReader(urls, order, rank, ranks, accumulate, builder)
+    return BatchReader(urls, order, rank, ranks, accumulate, builder, **fields)
 
 
 def captions(batch) -> list[bytes]:
@@ -48,6 +50,54 @@ def test_a_stream_spans_epochs_and_may_start_anywhere(tmp_path, tiny_clip):
     assert captions(whole[0]) != captions(whole[9])
     for late, same in zip(read(reader, 7, 20), whole[7:], strict=True):
         assert all((a == b).all() for a, b in zip(late, same, strict=True))
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_stream_is_the_reader_s_batches_byte_for_byte_whoever_found_the_samples(tmp_path, tiny_clip, monkeypatch):
+    monkeypatch.setattr(ingest, "SAMPLES_PER_TASK", 3 * BATCH)  # 3 micro-batches a task, so that the last has only 2
+    folder = write_shards(tmp_path)
+    alone = make_reader(folder, tiny_clip)
+    scan = index_shards(alone.urls, needs_pairs=True)
+    shared = replace(alone, indexes=scan.indexes)
+    expected = [alone({"id": number})["batch"] for number in range(2, 13)]
+    assert list(scan.counts) == [20, 17]
+    for reader in (alone, shared):
+        assert [packed for packed, _ in stream_batches(reader, 2, 13)] == expected
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_stream_longer_than_one_execution_goes_on_without_a_gap(tmp_path, tiny_clip, monkeypatch):
+    monkeypatch.setattr(ingest, "SAMPLES_PER_TASK", BATCH)
+    monkeypatch.setattr(ingest, "STREAM_TASKS", 3)
+    reader = make_reader(write_shards(tmp_path), tiny_clip)
+    expected = [reader({"id": number})["batch"] for number in range(5)]
+    assert [packed for packed, _ in stream_batches(reader, 0, 5)] == expected
+
+
+def test_texts_of_a_batch_are_as_long_as_a_multiple_says(tmp_path, tiny_clip):
+    reader = make_reader(write_shards(tmp_path), tiny_clip, text_multiple=32)
+    assert unpack(reader({"id": 0})["batch"]).text_BL.shape[1] == 32
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_a_sample_is_read_with_the_members_that_training_uses(place, tmp_path, request):
+    folder = str(tmp_path) if place == "local" else request.getfixturevalue("s3")
+    members = {"mask.npy": b"m" * 700, "JPG": b"picture", "seg.png": b"s" * 10, "txt": b"A cat.", "pairs.json": b"{}"}
+    samples = [("a", {"png": b"p", "txt": b"A."}), ("ä/b", {**members, "json": b"[]"}), ("bad", {"txt": b"B."})]
+    write_tar(f"{folder}/one.tar", iter(samples))
+    index = scan_shard(f"{folder}/one.tar", needs_pairs=False)
+    assert [index.key(number) for number in range(len(index))] == ["a", "ä/b"]
+    assert [record["key"] for record in index.bad] == ["bad"]
+    first, second = (read_sample(f"{folder}/one.tar", index, number) for number in range(2))
+    assert (first.key, first.members) == ("a", {"png": b"p", "txt": b"A."})
+    assert second.members == {"jpg": b"picture", "txt": b"A cat.", "pairs.json": b"{}"}
+
+
+def test_an_index_takes_less_than_a_hundred_bytes_a_sample(tmp_path):
+    write_tar(str(tmp_path / "x.tar"), ((f"sample-{n:09d}", {"jpg": b"p", "txt": b"t"}) for n in range(200)))
+    index = scan_shard(str(tmp_path / "x.tar"), needs_pairs=False)
+    arrays = (index.keys_S, index.members_SM, index.places_SM2)
+    assert sum(array.nbytes for array in arrays) < 100 * len(index)
 
 
 def test_two_workers_see_the_batch_that_one_sees(tmp_path, tiny_clip):
