@@ -27,6 +27,7 @@ HF_WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
 # Where transformers keeps the settings of pictures: the second since version 5.
 HF_PREPROCESS_FILES = ("preprocessor_config.json", "processor_config.json")
 OPENAI_NUMBERS = ("input_resolution", "context_length", "vocab_size")
+MASK = "attn_mask"  # open_clip makes it anew; an archive does not tell it from the weights
 
 
 def empty_model(name: str, **options: Any) -> nn.Module:
@@ -77,6 +78,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], bool | None]:
         quick = hf_architecture(config)["quick_gelu"] if config.is_file() else None
         with naming(path):
             return open_clip_weights(weights), quick
+    weights = {name: tensor for name, tensor in weights.items() if name.split(".")[-1] != MASK}
     numbers = [weights.pop(name, None) for name in OPENAI_NUMBERS]
     return weights, True if any(number is not None for number in numbers) else None
 

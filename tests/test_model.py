@@ -1,11 +1,9 @@
 """One forward per tower, long text, and folders that plain open_clip loads."""
 
-import json
-
 import open_clip
 import pytest
 import torch
-from tiny_architecture import TINY_CLIP
+from tiny_architecture import write_architecture
 
 from goal_ray.errors import ModelError
 from goal_ray.model import (
@@ -24,15 +22,6 @@ VARIANTS = {
     "average pooling": {"vision": {"pool_type": "avg", "final_ln_after_pool": True, "no_ln_pre": True}},
     "quick gelu": {"quick_gelu": True},
 }
-
-
-def write_architecture(tmp_path, name="variant", vision=None, text=None, **extra) -> str:
-    config = {**json.loads(json.dumps(TINY_CLIP)), **extra}
-    config["vision_cfg"].update(vision or {})
-    config["text_cfg"].update(text or {})
-    path = tmp_path / f"{name}.json"
-    path.write_text(json.dumps(config))
-    return str(path)
 
 
 @pytest.fixture(params=list(VARIANTS))

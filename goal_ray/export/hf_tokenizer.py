@@ -42,6 +42,7 @@ def tokenizer_files(tokenizer: SimpleTokenizer, context_length: int) -> dict[str
         "model_input_names": ["input_ids", "attention_mask"],
     }
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    word_end = {"type": "Replace", "pattern": {"String": "</w>"}, "content": "Ġ"}  # byte-level BPE's space
     split = {"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Removed", "invert": True}
     backend = {
         "version": "1.0",
@@ -57,7 +58,7 @@ def tokenizer_files(tokenizer: SimpleTokenizer, context_length: int) -> dict[str
             "trim_offsets": False,
             "add_prefix_space": False,
         },
-        "decoder": byte_level,
+        "decoder": {"type": "Sequence", "decoders": [word_end, byte_level]},
         "model": {
             "type": "BPE",
             "dropout": None,

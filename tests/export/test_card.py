@@ -1,0 +1,137 @@
+"""The model card: its code runs, its facts are those of the run, and no setting breaks its Markdown."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from export_inputs import write_evaluation, write_run
+from PIL import Image
+
+from goal_ray.errors import StageError
+from goal_ray.export.card import escape, fence
+from goal_ray.export.run import export
+
+LAYOUTS = ["open_clip", "hf"]
+
+
+def card_of(run, tmp_path, layout="open_clip") -> str:
+    """The card of an export."""
+    return (export(str(run), layout, str(tmp_path / f"card-{layout}")) / "README.md").read_text(encoding="utf-8")
+
+
+def rows(card: str) -> dict[str, list[str]]:
+    """The cells behind the first of every line of a table."""
+    lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in card.splitlines() if line.startswith("|")]
+    return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
+
+
+@pytest.fixture
+def run(tiny_clip, tmp_path):
+    """A run of two checkpoints."""
+    return write_run(tmp_path / "goal", f"model.name={tiny_clip}", "model.context_length=248")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_code_in_the_card_runs_in_the_folder(run, layout):
+    folder = export(str(run), layout)
+    Image.new("RGB", (60, 40), "red").save(folder / "photo.jpg")
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    finished = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.startswith("tensor([[0.")
+
+
+@pytest.mark.parametrize(("layout", "library"), [("open_clip", "open_clip"), ("hf", "transformers")])
+def test_the_front_matter_is_yaml_without_a_licence(run, tmp_path, layout, library):
+    _, header, _ = card_of(run, tmp_path, layout).split("---\n", 2)
+    tree = yaml.safe_load(header)
+    assert (tree["library_name"], tree["pipeline_tag"]) == (library, "zero-shot-image-classification")
+    assert "license" not in tree
+
+
+def test_architecture_start_settings_and_data_are_there(run, tmp_path):
+    (run / "quarantine.jsonl").write_text('{"shard": "a.tar", "key": "x", "stage": "scan", "reason": "torn"}\n')
+    card = card_of(run, tmp_path)
+    found = rows(card)
+    assert found["text"] == ["up to 248 tokens"]
+    assert found["picture"] == ["32 × 32 pixels, 4 × 4 patches"]
+    assert found["samples"] == ["42 usable, in 2 tars"]
+    assert found["left out at scan"] == ["1 samples"]
+    assert found["steps"] == ["40 of 40"]
+    assert "  context_length: 248\n" in card
+    assert found["loss"] == ["0.1250"]
+
+
+def test_what_is_not_known_is_left_out(run, tmp_path):
+    (run / "shards.json").unlink()
+    card = card_of(run, tmp_path)
+    assert not any(f"## {title}" in card for title in ("Retrieval", "Cost"))
+    assert "samples" not in rows(card)
+    assert "None" not in card
+
+
+def test_a_model_without_a_run_has_a_card_about_itself_alone(run, tmp_path):
+    model = export(str(run), "open_clip", str(tmp_path / "model"))
+    card = card_of(model, tmp_path)
+    assert "## Model" in card
+    assert not any(f"## {title}" in card for title in ("Training", "Data", "Losses", "Retrieval", "Cost"))
+    assert "GOAL" not in card
+
+
+def test_metrics_are_those_of_the_exported_checkpoint(run, tmp_path):
+    write_evaluation(run, "early", "elsewhere/checkpoints/step-00000020", 11.0)
+    write_evaluation(run, "late", str(run / "checkpoints" / "step-00000040"), 22.0)
+    card = card_of(run, tmp_path)
+    assert "shards/late, captions and pictures:" in card
+    assert "shards/early" not in card
+    assert rows(card)["text → image"][:2] == ["22.00", "30.00"]
+    early = export(str(run / "checkpoints" / "step-00000020"), "open_clip", str(tmp_path / "early"))
+    card = (early / "README.md").read_text()
+    assert rows(card)["text → image"][0] == "11.00"
+    assert "step 20:" in card
+    assert rows(card)["loss"] == ["0.2500"]
+
+
+def test_the_cost_is_told_as_far_as_it_is_known(run, tmp_path):
+    known = {"device": "cpu", "workers": 2, "seconds": 5400.0, "worker_hours": 3.0, "gpu_hours": 0.0, "flops": 3.1e15}
+    measured = {"images_per_s": 12.34, "peak_memory_bytes": 3 * 2**30, "energy_joules": None}
+    (run / "cost.json").write_text(json.dumps(known | measured))
+    found = rows(card_of(run, tmp_path))
+    assert found["device"] == ["cpu"]
+    assert found["time"] == ["1.5 h"]
+    assert found["worker hours"] == ["3"]
+    assert found["GPU hours"] == ["0"]
+    assert found["floating-point operations"] == ["3.10e+15"]
+    assert found["peak memory"] == ["3.00 GiB"]
+    assert "energy" not in found
+
+
+@pytest.mark.parametrize("content", ["{torn", "[1, 2]", '{"flops": "many"}'])
+def test_a_damaged_cost_file_is_named(run, tmp_path, content):
+    (run / "cost.json").write_text(content)
+    with pytest.raises(StageError, match=r"cost\.json.*delete the file"):
+        card_of(run, tmp_path)
+
+
+def test_settings_cannot_break_the_markdown(tiny_clip, tmp_path):
+    shards = "a | b `c` <img src=x> [d](http://e) *f* ```\n# g"
+    run = write_run(tmp_path / "goal", f"model.name={tiny_clip}", f"data.shards={json.dumps(shards)}")
+    card = card_of(run, tmp_path)
+    assert rows(card)["data"] == [r"a \| b \`c\` \<img src=x\> \[d\](http://e) \*f\* \`\`\` # g"]
+    assert card.count("\n# ") == 1
+    opening = next(line for line in card.splitlines() if line.endswith("yaml") and line.startswith("`"))
+    ticks = opening.removesuffix("yaml")
+    inside = card.split(f"{opening}\n")[1].split(f"\n{ticks}\n")[0]
+    assert yaml.safe_load(inside)["data"]["shards"] == shards
+
+
+def test_a_fence_is_longer_than_any_run_of_ticks_inside():
+    assert fence("plain") == "```"
+    assert fence("a ```` b") == "`````"
+
+
+def test_text_is_escaped_onto_one_line():
+    assert escape("a\nb_c | d") == r"a b\_c \| d"
