@@ -8,8 +8,8 @@ from goal_ray.export.run import FORMATS, export
 DESCRIPTION = """Write a model as a folder for others, with a model card, README.md: how to load it, architecture,
 start, settings, data, losses, retrieval metrics and cost, as far as the run folder knows them.
 
-RUN is a run folder (its newest checkpoint is taken), one of its checkpoints, or any folder with a CLIP that goal_ray,
-open_clip or transformers saved; the last is a conversion, whose card knows the architecture alone.
+RUN is a run folder (its best checkpoint is taken, or its newest), one of its checkpoints, or any folder with a CLIP
+that goal_ray, open_clip or transformers saved; the last is a conversion, whose card knows the architecture alone.
 
 open_clip: for open_clip.create_model_and_transforms("local-dir:FOLDER")
 hf: for transformers.CLIPModel.from_pretrained(FOLDER), with tokenizer and image processor; what CLIPModel cannot

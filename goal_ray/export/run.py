@@ -9,7 +9,7 @@ from goal_ray.errors import StageError
 from goal_ray.export.card import CARD_FILE, write_card
 from goal_ray.export.hf import save_hf
 from goal_ray.model import LoadedModel, ModelConfig, load_model, save_model
-from goal_ray.train.checkpoint import resolve_checkpoint
+from goal_ray.train.result import best_checkpoint
 from goal_ray.train.run import CONFIG_FILE
 
 EXPORT_FOLDER = "export"
@@ -26,14 +26,14 @@ FORMATS: dict[str, Callable[[Path, LoadedModel], None]] = {"open_clip": save_ope
 def export(source: str, layout: str = "open_clip", out: str | None = None) -> Path:
     """Writes a model and its card to a new folder, and returns that.
 
-    source  a run folder (its newest checkpoint), a checkpoint or a folder with a model
+    source  a run folder (its best checkpoint, or its newest), a checkpoint or a folder with a model
     layout  a key of FORMATS
     out     the folder; default RUN/export/LAYOUT, RUN being the run of `source`
 
     Raises GoalRayError for a source without a model, a model that the layout cannot express, and a folder that is there
     already; nothing is left behind then.
     """
-    checkpoint = resolve_checkpoint(Path(source))
+    checkpoint = best_checkpoint(Path(source))
     run_dir = run_of(Path(source).absolute())
     if out is None and run_dir is None:
         raise StageError(f"{source} is no run folder and no checkpoint of one; say with --out where the model goes")

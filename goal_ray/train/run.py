@@ -20,19 +20,19 @@ from goal_ray.order import BatchOrder
 from goal_ray.ray_session import ray_session
 from goal_ray.tars import expand_shards, shard_name
 from goal_ray.train.attempts import Attempts, cluster_resources, most_workers
-from goal_ray.train.checkpoint import checkpoint_folder, checkpoint_folders, newest_intact, prune_checkpoints, read_step
+from goal_ray.train.checkpoint import checkpoint_folders, newest_intact, prune_checkpoints, read_step
 from goal_ray.train.config import TrainConfig
 from goal_ray.train.cost import COST_FILE, Cost
 from goal_ray.train.evaluation import Evaluations
 from goal_ray.train.loggers import open_loggers
 from goal_ray.train.recorder import METRICS_FILE, ProgressLine, RunRecorder
+from goal_ray.train.result import best_checkpoint, read_result, write_result
 from goal_ray.train.scan import QUARANTINE_FILE, describe_bad, index_shards
 from kernels.tsl import choose_backend
 
-__all__ = ["CONFIG_FILE", "COST_FILE", "METRICS_FILE", "QUARANTINE_FILE", "RESULT_FILE", "TrainResult", "train"]
+__all__ = ["CONFIG_FILE", "COST_FILE", "METRICS_FILE", "QUARANTINE_FILE", "TrainResult", "train"]
 CONFIG_FILE = "config.yaml"
 SHARDS_FILE = "shards.json"
-RESULT_FILE = "result.json"
 EXPORT_FOLDER = "model"
 RESUMABLE_CHANGES = {
     "data.shards",  # moved, that is: names and counts are compared
@@ -106,56 +106,62 @@ def train(config: TrainConfig, resume: bool = False) -> TrainResult:
         resume_from = newest_intact(run_dir, line.say) if resume else None
         line.show("starting Ray")
         with ray_session(busy_cpus), interruption() as interrupted:  # in this order: Ray sets a handler of its own
-            line.show("scanning the shards")
-            counts, bad, indexes = index_shards(urls, config.loss.needs_pairs)
-            samples = sum(counts) + len(bad)
-            check_share(bad, samples, config.data.max_bad_share)
-            order = BatchOrder(tuple(counts), config.global_batch, config.seed, config.data.shuffle_shards)
-            total_steps = config.total_steps(order.steps_per_epoch)
-            first_step = 0 if resume_from is None else read_step(resume_from)
-            use_gpu = choose_gpu(config)
-            check_backend(config, use_gpu)
-            line.begin(first_step, total_steps)
-            write_run(run_dir, config, {shard_name(url): count for url, count in zip(urls, counts, strict=True)})
-            with RunRecorder(run_dir, line, open_loggers(run_dir, config), began) as recorder:
-                recorder.quarantine(bad)
-                evaluations = Evaluations(run_dir, config.evaluation, recorder.draw, line.say)
-                before = read_result(run_dir)
-                if before.get("ending") != "early" and (first_step < total_steps or not before):
-                    job = {
-                        "config": config,
-                        "run_dir": run_dir,
-                        "urls": urls,
-                        "counts": tuple(counts),
-                        "indexes": indexes,
-                        "bad_allowed": int(config.data.max_bad_share * samples) - len(bad),
-                        "total_steps": total_steps,
-                    }
-                    attempts = Attempts(config, job, use_gpu, recorder, evaluations, interrupted)
-                    ending = attempts.run(resume_from) if first_step < total_steps else "finished"
-                    step = read_step(checkpoint_folders(run_dir)[-1])
-                    if ending == "interrupted":
-                        raise StageError(
-                            f"ended by a signal after step {step} of {total_steps}, which is saved; go on with --resume"
-                        )
-                    check_share(list(recorder.bad.values()), samples, config.data.max_bad_share)
-                    line.show("evaluating")
-                    evaluations.finish(line.tick)
-                    prune_checkpoints(run_dir, config.keep_checkpoints, evaluations.needed)
-                    recorder.count_time()
-                    ended = {"steps": step, "seconds": round(recorder.seconds, 1), "ending": ending}
-                    (run_dir / RESULT_FILE).write_text(json.dumps(ended), encoding="utf-8")
-                best = evaluations.best
+            train_on_cluster(config, urls, run_dir, resume_from, line, interrupted, began)
     result = read_result(run_dir)
-    chosen = checkpoint_folders(run_dir)[-1] if best is None else checkpoint_folder(run_dir, best)
-    model_dir = export_model(chosen, run_dir / EXPORT_FOLDER)
-    return TrainResult(run_dir, model_dir, result["steps"], result["seconds"], Cost.read(run_dir).line(), best)
+    model_dir = export_model(best_checkpoint(run_dir), run_dir / EXPORT_FOLDER)
+    cost = Cost.read(run_dir).line()
+    return TrainResult(run_dir, model_dir, result["steps"], result["seconds"], cost, result.get("best_step"))
 
 
-def read_result(run_dir: Path) -> dict[str, Any]:
-    """What a run ended with: "steps", "seconds" and "ending"; empty where it has not ended."""
-    place = run_dir / RESULT_FILE
-    return json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
+def train_on_cluster(
+    config: TrainConfig,
+    urls: tuple[str, ...],
+    run_dir: Path,
+    resume_from: Path | None,
+    line: ProgressLine,
+    interrupted: threading.Event,
+    began: float,
+) -> None:
+    """Scans, trains and evaluates in a Ray session, and stores the result; a run that has one stays as it is."""
+    line.show("scanning the shards")
+    counts, bad, indexes = index_shards(urls, config.loss.needs_pairs)
+    samples = sum(counts) + len(bad)
+    check_share(bad, samples, config.data.max_bad_share)
+    order = BatchOrder(tuple(counts), config.global_batch, config.seed, config.data.shuffle_shards)
+    total_steps = config.total_steps(order.steps_per_epoch)
+    first_step = 0 if resume_from is None else read_step(resume_from)
+    use_gpu = choose_gpu(config)
+    check_backend(config, use_gpu)
+    line.begin(first_step, total_steps)
+    write_run(run_dir, config, {shard_name(url): count for url, count in zip(urls, counts, strict=True)})
+    before = read_result(run_dir)
+    if before and (first_step == total_steps or before["ending"] == "early"):
+        return
+    with RunRecorder(run_dir, line, open_loggers(run_dir, config), began) as recorder:
+        recorder.quarantine(bad)
+        evaluations = Evaluations(run_dir, config.evaluation, recorder.draw, line.say)
+        job = {
+            "config": config,
+            "run_dir": run_dir,
+            "urls": urls,
+            "counts": tuple(counts),
+            "indexes": indexes,
+            "bad_allowed": int(config.data.max_bad_share * samples) - len(bad),
+            "total_steps": total_steps,
+        }
+        attempts = Attempts(config, job, use_gpu, recorder, evaluations, interrupted)
+        ending = attempts.run(resume_from) if first_step < total_steps else "finished"
+        step = read_step(checkpoint_folders(run_dir)[-1])
+        if ending == "interrupted":
+            raise StageError(
+                f"ended by a signal after step {step} of {total_steps}, which is saved; go on with --resume"
+            )
+        check_share(list(recorder.bad.values()), samples, config.data.max_bad_share)
+        line.show("evaluating")
+        evaluations.finish(line.tick)
+        prune_checkpoints(run_dir, config.keep_checkpoints, evaluations.needed)
+        recorder.count_time()
+        write_result(run_dir, step, recorder.seconds, ending, evaluations.best)
 
 
 @contextmanager
