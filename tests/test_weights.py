@@ -217,6 +217,15 @@ def test_openais_archive_fills_an_architecture_and_brings_its_activation(tmp_pat
     assert loaded.clip.visual.transformer.resblocks[0].mlp.gelu.__class__.__name__ == "QuickGELU"
 
 
+def test_openais_state_dict_brings_its_activation_too(tmp_path):
+    path, clip = start(tmp_path)
+    numbers = {"input_resolution": torch.tensor(32), "context_length": torch.tensor(77)}
+    torch.save({**clip.state_dict(), **numbers, "vocab_size": torch.tensor(49408)}, tmp_path / "plain.pt")
+    loaded = load_model(ModelConfig(path, weights=str(tmp_path / "plain.pt")))
+    assert has_weights(loaded.clip, clip.state_dict())
+    assert loaded.model_cfg["quick_gelu"] is True
+
+
 def test_an_archive_is_read_as_torch_itself_reads_it(tmp_path):
     *_, archive = openai_archive(tmp_path)
     theirs = torch.jit.load(archive).state_dict()

@@ -22,7 +22,7 @@ of this checkpoint."""
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line, exports, says where the folder is."""
     command = parser("export", DESCRIPTION, "goal-ray export runs/goal --format hf", {"RUN": "model to export"})
-    command.add_argument("--format", choices=FORMATS, default="open_clip", help="(default: %(default)s)")
+    command.add_argument("--format", choices=FORMATS, default="open_clip", help="whose layout (default: %(default)s)")
     command.add_argument(
         "--out", metavar="FOLDER", help="a new folder (default: RUN/export/FORMAT; needed where RUN is no run)"
     )

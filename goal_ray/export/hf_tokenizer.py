@@ -7,7 +7,8 @@ the common HTML entities; it cannot do what looks at a whole text, such as mendi
 
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 from open_clip.tokenizer import SimpleTokenizer
@@ -68,7 +69,7 @@ def tokenizer_files(tokenizer: SimpleTokenizer, context_length: int) -> dict[str
             "fuse_unk": False,
             "byte_fallback": False,
             "vocab": vocabulary,
-            "merges": [list(pair) for pair in tokenizer.bpe_ranks],
+            "merges": [" ".join(pair) for pair in tokenizer.bpe_ranks],
         },
     }
     return {"tokenizer.json": backend, "tokenizer_config.json": settings}
@@ -76,7 +77,7 @@ def tokenizer_files(tokenizer: SimpleTokenizer, context_length: int) -> dict[str
 
 def normalizers(tokenizer: SimpleTokenizer) -> Iterator[dict[str, Any]]:
     """The steps of the cleaning, in order."""
-    for result, signs in replaced_signs(tokenizer).items():
+    for result, signs in replaced_signs(tokenizer.clean_fn).items():
         signs_pattern = "[" + "".join(f"\\x{{{ord(sign):x}}}" for sign in signs) + "]"
         yield {"type": "Replace", "pattern": {"Regex": signs_pattern}, "content": result}
     for entity, sign in ENTITIES:
@@ -86,14 +87,15 @@ def normalizers(tokenizer: SimpleTokenizer) -> Iterator[dict[str, Any]]:
     yield {"type": "Lowercase"}
 
 
-def replaced_signs(tokenizer: SimpleTokenizer) -> dict[str, list[str]]:
-    """What open_clip's cleaning makes of single signs beyond composing, lower case and white space: result -> signs.
+@cache
+def replaced_signs(clean: Callable[[str], str]) -> dict[str, list[str]]:
+    """What a cleaning makes of single signs beyond composing, lower case and white space: result -> signs.
 
     All of them lie in Unicode's first plane.
     """
     replaced: dict[str, list[str]] = {}
     for sign in map(chr, [*range(1, 0xD800), *range(0xE000, 0x10000)]):
-        cleaned = tokenizer.clean_fn(f"a{sign}b")
+        cleaned = clean(f"a{sign}b")
         plain = " ".join(unicodedata.normalize("NFC", f"a{sign}b").lower().split())
         if cleaned != plain:
             replaced.setdefault(re.sub("^a|b$", "", cleaned), []).append(sign)

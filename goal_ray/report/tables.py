@@ -25,7 +25,7 @@ def settings(run: RunRecords) -> dict[str, str]:
     weights = zip(TERMS, config.loss.configured, strict=True)
     last = run.metrics[-1] if run.metrics else None
     return {
-        "model": f"{config.model.name} ({config.model.weights or 'weights of its own'})",
+        "model": config.model.name + (f" ({config.model.weights})" if config.model.weights else ""),
         "text positions": str(config.model.context_length or "the model's own"),
         "data": config.data.shards,
         "pairs per image": str(config.data.pairs_per_image) if config.loss.needs_pairs else "none",
