@@ -61,7 +61,7 @@ class WeightsAndBiases:
             dir=str(run_dir),
             config=to_tree(config),
             resume="allow",
-            settings=wandb.Settings(silent=True),
+            settings=wandb.Settings(silent=True, console="off", save_code=False),
         )
         # wandb's own counter only rises, but a run that goes on from a checkpoint repeats steps.
         self.run.define_metric("*", step_metric="step")

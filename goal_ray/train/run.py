@@ -135,7 +135,7 @@ def train_on_cluster(
     line.begin(first_step, total_steps)
     write_run(run_dir, config, {shard_name(url): count for url, count in zip(urls, counts, strict=True)})
     before = read_result(run_dir)
-    if before and (first_step == total_steps or before["ending"] == "early"):
+    if before and (first_step == total_steps or before.get("ending") == "early"):
         return
     with RunRecorder(run_dir, line, open_loggers(run_dir, config), began) as recorder:
         recorder.quarantine(bad)
