@@ -13,6 +13,7 @@ from goal_ray.errors import ConfigError, GoalRayError, ShardError, StageError
 from goal_ray.losses import LossConfig
 from goal_ray.model import ModelConfig
 from goal_ray.train.config import DataConfig, TrainConfig
+from goal_ray.train.loop import Job, train_worker
 from goal_ray.train.run import check_backend, train
 
 
@@ -142,3 +143,15 @@ def test_unpaired_shards_are_refused_for_a_goal_loss_and_leave_no_run(config, tm
     with pytest.raises(GoalRayError, match=r"37 of 37 samples are unusable.*goal-ray lism"):
         train(replace(config, data=DataConfig(str(tmp_path / "unpaired"))))
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_gpu_that_runs_out_of_memory_says_what_to_change(config, monkeypatch):
+    def run_steps(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr("goal_ray.train.loop.run_steps", run_steps)
+    job = Job(config, None, (), (), (), None, 0, print, bool)
+    with pytest.raises(
+        StageError, match=r"rank 1 \(CUDA out of memory.*2\.00 GiB\.\).*`chunk`.*checkpoint_activations.*--resume"
+    ):
+        train_worker(job, 1, 2, torch.device("cpu"))
