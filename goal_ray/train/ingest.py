@@ -73,7 +73,7 @@ def unpickled(builder: bytes) -> ExampleBuilder:
     return pickle.loads(builder)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)  # indexes of more shards than are mixed at a time; they lie in shared memory
 def fetched(reference: Any) -> Any:
     """What a Ray reference stands for, got once in this process."""
     import ray

@@ -85,8 +85,8 @@ def needed_members(sample: SampleIndex, needs_pairs: bool) -> tuple[str, str, st
     return picture, CAPTION_EXTENSION, PAIRS_EXTENSION
 
 
-# Windows overlap where a batch spans two of them: twice the shards that are mixed by default.
-own_scan = lru_cache(maxsize=32)(scan_shard)
+# More shards than are mixed at a time, or every batch would scan them anew.
+own_scan = lru_cache(maxsize=128)(scan_shard)
 
 
 def bad_record(url: str, key: str, stage: str, error: Exception) -> dict[str, str]:
