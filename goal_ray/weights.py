@@ -40,7 +40,7 @@ def empty_model(name: str, **options: Any) -> nn.Module:
 
 
 def create_model(name: str, weights: str | None) -> nn.Module:
-    """An open_clip architecture with the weights of a tag or a file, and with the activation that these were trained with.
+    """An open_clip architecture with the weights of a tag or a file, and the activation that these were trained with.
 
     open_clip itself only warns of the wrong one.
     """
