@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from goal_ray.config import strict
 from goal_ray.errors import ConfigError, ModelError
-from goal_ray.weights import empty_model, is_hf_folder, load_hf_folder, model_from_file
+from goal_ray.weights import create_model, empty_model, is_hf_folder, load_hf_folder
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -237,7 +237,7 @@ def load_model(config: ModelConfig, seed: int = 0) -> LoadedModel:
             else:
                 name = _architecture_name(config.name)
                 model_cfg = open_clip.get_model_config(name)
-                clip = _create(name, config.weights)
+                clip = create_model(name, config.weights)
                 tokenizer = open_clip.get_tokenizer(name)
         except UnpicklingError as error:
             raise ModelError(f"{config.weights}: refused, since it holds more than tensors: {error}") from None
@@ -252,19 +252,6 @@ def load_model(config: ModelConfig, seed: int = 0) -> LoadedModel:
     if any(isinstance(module, QuickGELU) for module in clip.modules()):
         model_cfg["quick_gelu"] = True
     return LoadedModel(clip, tokenizer, model_cfg, open_clip.get_model_preprocess_cfg(clip))
-
-
-def _create(name: str, weights: str | None) -> nn.Module:
-    """A model with the activation its weights were trained with; open_clip itself only warns of the wrong one."""
-    tag = open_clip.get_pretrained_cfg(name, weights) if weights else {}
-    if weights and not tag and Path(weights).is_file():
-        return model_from_file(name, Path(weights))
-    quick = bool(tag.get("quick_gelu")) if tag else None
-    if quick is False and name.endswith("-quickgelu"):
-        raise ModelError(
-            f"weights {weights!r} were trained without QuickGELU; use model {name.removesuffix('-quickgelu')}"
-        )
-    return open_clip.create_model(name, pretrained=weights, force_quick_gelu=bool(quick))
 
 
 def _architecture_name(name: str) -> str:

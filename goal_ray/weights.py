@@ -39,6 +39,22 @@ def empty_model(name: str, **options: Any) -> nn.Module:
         logging.disable(logging.NOTSET)
 
 
+def create_model(name: str, weights: str | None) -> nn.Module:
+    """An open_clip architecture with the weights of a tag or a file, and the activation that these were trained with.
+
+    open_clip itself only warns of the wrong one.
+    """
+    tag = open_clip.get_pretrained_cfg(name, weights) if weights else {}
+    if weights and not tag and Path(weights).is_file():
+        return model_from_file(name, Path(weights))
+    quick = bool(tag.get("quick_gelu")) if tag else None
+    if quick is False and name.endswith("-quickgelu"):
+        raise ModelError(
+            f"weights {weights!r} were trained without QuickGELU; use model {name.removesuffix('-quickgelu')}"
+        )
+    return open_clip.create_model(name, pretrained=weights, force_quick_gelu=bool(quick))
+
+
 def model_from_file(name: str, path: Path) -> nn.Module:
     """An open_clip architecture with the weights of a file, which may have any of the three layouts.
 
