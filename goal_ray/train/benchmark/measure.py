@@ -2,6 +2,7 @@
 
 import multiprocessing
 import statistics
+import sys
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -74,6 +75,7 @@ def time_in_turn(competitors: list[Competitor], rounds: int, warmup: int) -> dic
     """
     times: dict[str, Rounds] = {competitor.name: [] for competitor in competitors}
     for number in range(warmup + rounds):
+        print(f"round {number + 1} of {warmup + rounds}, {warmup} of them untimed", file=sys.stderr, flush=True)
         first = number % len(competitors)
         with measure("between") as seconds:
             for competitor in competitors[first:] + competitors[:first]:
@@ -108,6 +110,7 @@ def peak_memory(variants: Variants) -> dict[str, int]:
     context.set_forkserver_preload([__name__])  # imported once, and nothing computed yet
     found = {}
     for name, variant in variants.items():
+        print(f"peak memory: {name}", file=sys.stderr, flush=True)
         with ProcessPoolExecutor(1, mp_context=context) as process:
             found[name] = process.submit(own_peak_memory, *variant).result()
     return found
