@@ -20,9 +20,8 @@ from goal_ray.tars import PAIRS_EXTENSION, Sample
 from goal_ray.text import CaptionEncoder, pad_batch
 
 # Decoded pixels per pixel of a square, along either axis, that a smaller decoding must leave. At 1.5 the squares of
-# photographs differ by 1 to 2 levels of 256 on average from those of whole pictures, about as a JPEG of quality 90
-# does from its original, and edges are less than one pixel of the square off; at 1 the difference is half as large
-# again, and at 2 a third smaller.
+# photographs differ by less than 2 levels of 256 on average from those of whole pictures, and edges are at most one
+# pixel of the square off (tests/test_batches.py); less would blur more, and more would seldom allow a smaller decoding.
 HEADROOM = 1.5
 
 

@@ -148,7 +148,7 @@ def remove(url: str) -> None:
 def read_range(url: str, start: int, length: int) -> bytes:
     """Part of a file, by one request. Raises OSError where the file ends before the part does."""
     fs, path = file_system(url)
-    if isinstance(fs, LocalFileSystem):  # fsspec would take four times as long
+    if isinstance(fs, LocalFileSystem):  # fsspec takes several times as long
         with open(path, "rb") as file:
             file.seek(start)
             data = file.read(length)

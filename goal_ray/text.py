@@ -156,7 +156,7 @@ class _SimpleTokens:
     """OpenAI's byte-level BPE: the bytes of its tokens, one after the other, are the dense text.
 
     Each word is cut into tokens once and remembered: captions repeat their words, and open_clip, which remembers too,
-    takes four times as long to find what it knows.
+    takes far longer to find what it knows.
     """
 
     WORDS = 2**16
