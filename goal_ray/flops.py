@@ -82,8 +82,7 @@ def image_products(clip: nn.Module) -> Iterator[Product]:
 def text_products(clip: nn.Module, length: int) -> Iterator[Product]:
     """Those of one text of `length` tokens."""
     tower = text_tower(clip)
-    causal = tower.attn_mask is not None and tower.pool_type in ("argmax", "eos", "first")  # as in `encode_text`
-    tokens = length if causal else tower.positional_embedding.shape[0]
+    tokens = length if tower.causal else tower.positional_embedding.shape[0]
     moves = trained([*tower.token_embedding.parameters(), tower.positional_embedding])
     yield from block_products(tower.transformer.resblocks, tokens, moves)
     moves = moves or trained(tower.transformer.parameters()) or trained(tower.ln_final.parameters())

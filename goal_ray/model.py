@@ -72,6 +72,11 @@ class TextTower(NamedTuple):
     pool_type: str
     eos_id: int
 
+    @property
+    def causal(self) -> bool:
+        """Whether no token that counts sees what stands behind it, so that padding may be cut."""
+        return self.attn_mask is not None and self.pool_type in ("argmax", "eos", "first")
+
 
 def text_tower(clip: nn.Module) -> TextTower:
     """The text tower's parts, for `open_clip.CLIP` and `CustomTextCLIP` alike. Raises ModelError for other towers."""
@@ -145,8 +150,7 @@ def encode_text(clip: nn.Module, ids_BL: Tensor) -> TowerOutput:
     length = ids_BL.shape[1]
     if length > context:
         raise ModelError(f"text of {length} tokens exceeds the model's context of {context}")
-    causal = tower.attn_mask is not None and tower.pool_type in ("argmax", "eos", "first")
-    if not causal and length < context:
+    if not tower.causal and length < context:
         ids_BL = nn.functional.pad(ids_BL, (0, context - length))
     width = ids_BL.shape[1]
     dtype = tower.transformer.get_cast_dtype()
