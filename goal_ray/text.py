@@ -18,6 +18,8 @@ from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
 from goal_ray.errors import ConfigError, ModelError
 
+# sentencex panics on "A\u00a0.": it takes white space there for one byte. One sign for one keeps the offsets.
+_PLAIN_SPACES = {ord(sign): " " for sign in re.findall(r"\s", "".join(map(chr, range(128, 0x3001))))}
 _TRIMMED = re.compile(r"[^\s\ufeff](?:.*[^\s\ufeff])?", re.DOTALL)
 
 
@@ -35,7 +37,7 @@ def split_sentences(caption: str, language: str = "en") -> list[tuple[int, int]]
         # sentencex itself would take any string, and cut by English rules without a word.
         raise ConfigError(f"language {language!r} is not a bare lower-case ISO 639 code such as en, de, zh or hi")
     spans = []
-    for piece in sentencex.get_sentence_boundaries(language, caption):
+    for piece in sentencex.get_sentence_boundaries(language, caption.translate(_PLAIN_SPACES)):
         trimmed = _TRIMMED.search(caption, piece["start_index"], piece["end_index"])
         if trimmed and any(sign.isalnum() or unicodedata.category(sign) == "So" for sign in trimmed[0]):
             spans.append(trimmed.span())

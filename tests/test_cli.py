@@ -85,7 +85,7 @@ def test_help_says_which_proposer_is_the_default_and_how_to_choose_another(call)
         (["train", "{tmp}/no.yaml"], ["no.yaml: no such config file"]),
         (["train", "{config}"], ["nothing: no such file or folder"]),
         (["train", "{config}", "optimiser.lr=1"], ["optimiser: unknown key", "optimizer"]),
-        (["train", "{config}", "optimizer.rate=1"], ["optimizer.rate: unknown key", "lr, weight_decay"]),
+        (["train", "{config}", "optimizer.rate=1"], ["optimizer.rate: unknown key", "lr, layer_decay"]),
         (["train", "{config}", "optimizer.lr=fast"], ["optimizer.lr", "number", "'fast'"]),
         (["train", "{config}", "precision=fp8"], ["precision", "'bf16' or 'fp32'", "'fp8'"]),
         (["train", "{config}", "batch_per_worker=0"], ["batch_per_worker must be at least 1"]),

@@ -101,6 +101,10 @@ SPLITS = {
     "a lone line break": ("A dog\nruns here. A cat.", ["A dog\nruns here.", "A cat."]),
     "an empty line": ("A title\r\n\r\nA dog.", ["A title", "A dog."]),
     "white space and marks": ("\ufeff A dog. \u3000\ufeff\n A cat. \ufeff", ["A dog.", "A cat."]),
+    "white space of several bytes": (
+        "Exhibit A\u00a0. A cat\u2003. Row B\x85.",
+        ["Exhibit A\u00a0. A cat\u2003.", "Row B\x85."],
+    ),
     "punctuation alone": ("A dog. ??? !!! A cat.\n\n...", ["A dog.", "A cat."]),
     "no full stop": ("a dog on a mat", ["a dog on a mat"]),
     "nothing": (" \ufeff\n... ", []),

@@ -133,12 +133,6 @@ def index_shards(urls: Sequence[str], needs_pairs: bool) -> Scan:
     )
 
 
-def scan_shards(urls: Sequence[str], needs_pairs: bool) -> tuple[list[int], list[dict[str, str]]]:
-    """`index_shards` without the indexes."""
-    scan = index_shards(urls, needs_pairs)
-    return scan.counts, scan.bad
-
-
 def read_sample(url: str, index: ShardIndex, number: int) -> Sample:
     """Reads the members that training uses, by one request: they stand side by side in the tar.
 

@@ -1,6 +1,7 @@
 """`python chaos.py IN OUT CLIP SEED`: a LISM run on a cluster of two nodes that loses workers and one of the nodes.
 
-A picture whose first pixel is DEADLY kills its worker every time. The moments of the other deaths follow from SEED.
+A picture whose first pixel is DEADLY kills its worker every time. The order and the moments of the other deaths follow
+from SEED.
 """
 
 import json
@@ -33,12 +34,17 @@ class DeadlyProposer(pipeline.ProposeRegions):
         return super().__call__(items)
 
 
-def kill_worker(title: str) -> bool:
-    """Kills a worker whose process title contains a text. Returns whether there was one."""
-    workers = [process for process in psutil.Process().children(recursive=True) if title in worker_title(process)]
-    if workers:
-        workers[0].kill()
-    return bool(workers)
+def kill_worker(title: str, patience_s: float) -> bool:
+    """Kills a worker whose process title contains a text, once there is one. Returns whether there was in that time."""
+    end = time.monotonic() + patience_s
+    while True:
+        workers = [process for process in psutil.Process().children(recursive=True) if title in worker_title(process)]
+        if workers:
+            workers[0].kill()
+            return True
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
 
 
 def worker_title(process: psutil.Process) -> str:
@@ -49,10 +55,9 @@ def worker_title(process: psutil.Process) -> str:
         return ""
 
 
-def kill_node(node: Any) -> bool:
+def kill_node(node: Any) -> None:
     """Kills a node as a power cut would: its raylet, with which all its workers end."""
     os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
-    return True
 
 
 def main(source: str, target: str, clip: str, seed: int) -> None:
@@ -67,20 +72,19 @@ def main(source: str, target: str, clip: str, seed: int) -> None:
     extra = cluster.add_node(num_cpus=2)
     ray.init(address=cluster.address, log_to_driver=False)
     chance, stream_groups, happened = random.Random(seed), run.stream_groups, []
-    pending = [
-        *[(kill_worker, title) for title in ("MapWorker", "FlatMap", "Strikes", "MapWorker")],
-        (kill_node, extra),
-    ]
-    chance.shuffle(pending)
+    victims = ["MapWorker", "FlatMap", "Strikes", "MapWorker", "node"]
+    chance.shuffle(victims)
+    moments = dict(zip(sorted(chance.sample(range(1, 13), len(victims))), victims, strict=True))  # of some 24 groups
 
     def disturbed(*args: object) -> Iterator[Group]:
-        for group in stream_groups(*args):
-            if pending and chance.random() < 0.5:
-                kill, victim = pending.pop()
-                if kill(victim):
-                    happened.append(str(victim) if kill is kill_worker else "node")
-                else:  # just now there is none
-                    pending.insert(0, (kill, victim))
+        for number, group in enumerate(stream_groups(*args)):
+            victim = moments.get(number)
+            if victim == "node":
+                kill_node(extra)
+                happened.append(victim)
+            # Reading may be over by now; the others are there, or start again.
+            elif victim and kill_worker(victim, patience_s=0 if victim == "FlatMap" else 60):
+                happened.append(victim)
             yield group
 
     pipeline.ProposeRegions, run.stream_groups = DeadlyProposer, disturbed
