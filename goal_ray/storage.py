@@ -1,16 +1,24 @@
-"""Files on any storage fsspec reaches. A file written here is visible only when complete."""
+"""Files on any storage fsspec reaches. A file written here is visible only when complete.
 
+A remote storage that fails for a while is asked again, for GOAL_RAY_STORAGE_PATIENCE_S seconds (600) each time. What
+fails for good (no such file, no rights, no room) is raised at once.
+"""
+
+import errno
+import io
+import logging
 import os
 import re
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
+import tenacity
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
@@ -18,6 +26,43 @@ TEMPORARY = re.compile(r"\..+\.(?P<place>[0-9a-f]{32})\.(?P<pid>\d+)\.[0-9a-f]{3
 ABANDONED_S = 3600.0
 FEW = 100
 PARALLEL_READS = 32
+READ_BYTES = 1 << 20
+PATIENCE_S = float(os.environ.get("GOAL_RAY_STORAGE_PATIENCE_S", "600"))
+LASTING = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+LASTING_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EINVAL, errno.ENAMETOOLONG)
+NETWORK_LIBRARIES = ("aiohttp", "botocore", "gcsfs", "google", "requests", "urllib3")  # their errors are no OSErrors
+Result = TypeVar("Result")
+log = logging.getLogger(__name__)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the same request may succeed later."""
+    if isinstance(error, OSError):
+        return not isinstance(error, LASTING) and error.errno not in LASTING_NUMBERS
+    name = type(error).__name__
+    return type(error).__module__.partition(".")[0] in NETWORK_LIBRARIES and not re.search(
+        "Credential|Validation", name
+    )
+
+
+def patiently(request: Callable[[], Result], url: str) -> Result:
+    """What a request to a storage returns, asked again while it fails with what may pass; raises what lasts.
+
+    The pauses are random and grow to half a minute, so that a thousand workers do not come back at the same moment.
+    """
+
+    def say(state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        left_s = max(0.0, PATIENCE_S - (state.seconds_since_start or 0))
+        log.warning("%s: %s: %s; trying again for %.0f s", url, type(error).__name__, error, left_s)
+
+    return tenacity.Retrying(
+        retry=tenacity.retry_if_exception(may_pass),
+        wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
+        stop=tenacity.stop_after_delay(PATIENCE_S),
+        before_sleep=say,
+        reraise=True,
+    )(request)
 
 
 def file_system(url: str) -> tuple[Any, str]:
@@ -25,10 +70,60 @@ def file_system(url: str) -> tuple[Any, str]:
     return url_to_fs(url, use_listings_cache=False)
 
 
+class _RemoteFile(io.RawIOBase):
+    """A remote file that is opened again, and read on from the same place, where its storage failed for a while."""
+
+    def __init__(self, url: str):
+        self.url = url
+        self.fs, self.path = file_system(url)
+        self.place = 0
+        self.file: Any = None
+        self.size = int(patiently(self._open, url).size)
+
+    def _open(self) -> Any:
+        if self.file is None:
+            self.file = self.fs.open(self.path, "rb")
+        return self.file
+
+    def _read(self, length: int) -> bytes:
+        try:
+            file = self._open()
+            file.seek(self.place)
+            return file.read(length)
+        except BaseException:
+            self.file = None
+            raise
+
+    def readinto(self, buffer: Any) -> int:
+        data = patiently(lambda: self._read(len(buffer)), self.url)
+        buffer[: len(data)] = data
+        self.place += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.size}[whence]
+        if start + offset < 0:
+            raise OSError(errno.EINVAL, "negative seek position", self.url)
+        self.place = start + offset
+        return self.place
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+        super().close()
+
+
 def open_read(url: str) -> IO[bytes]:
     """Opens a file for reading; seekable, buffered. The caller closes it."""
     fs, path = file_system(url)
-    return fs.open(path, "rb")
+    return fs.open(path, "rb") if isinstance(fs, LocalFileSystem) else io.BufferedReader(_RemoteFile(url), READ_BYTES)
 
 
 @contextmanager
@@ -102,8 +197,12 @@ def remove_abandoned(folder: str) -> None:
 
 def write_bytes(url: str, data: bytes) -> None:
     """Writes a whole file, atomically."""
-    with open_atomic(url) as file:
-        file.write(data)
+
+    def write() -> None:
+        with open_atomic(url) as file:
+            file.write(data)
+
+    patiently(write, url)
 
 
 def read_bytes(url: str) -> bytes:
@@ -115,7 +214,7 @@ def read_bytes(url: str) -> bytes:
 def size_bytes(url: str) -> int:
     """The length of a file."""
     fs, path = file_system(url)
-    return int(fs.info(path)["size"])
+    return int(patiently(lambda: fs.info(path), url)["size"])
 
 
 def sizes_bytes(urls: Sequence[str]) -> dict[str, int]:
@@ -127,7 +226,8 @@ def sizes_bytes(urls: Sequence[str]) -> dict[str, int]:
     for folder, inside in folders.items():
         if len(inside) > FEW:
             fs, path = file_system(folder)
-            listed = {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in fs.ls(path, detail=True)}
+            entries = patiently(partial(fs.ls, path, detail=True), folder)
+            listed = {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in entries}
             sizes |= {url: int(listed[name]) for url in inside if (name := url.rsplit("/", 1)[-1]) in listed}
     return {url: sizes[url] if url in sizes else size_bytes(url) for url in urls}
 
@@ -142,7 +242,7 @@ def remove(url: str) -> None:
     """Deletes a file, if it is there."""
     fs, path = file_system(url)
     with suppress(FileNotFoundError):
-        fs.rm_file(path)
+        patiently(lambda: fs.rm_file(path), url)
 
 
 def read_range(url: str, start: int, length: int) -> bytes:
@@ -153,7 +253,7 @@ def read_range(url: str, start: int, length: int) -> bytes:
             file.seek(start)
             data = file.read(length)
     else:
-        data = bytes(fs.cat_file(path, start=start, end=start + length))
+        data = bytes(patiently(lambda: fs.cat_file(path, start=start, end=start + length), url))
     if len(data) != length:
         raise OSError(f"{url}: holds {len(data)} of the {length} bytes from {start} on; was it changed meanwhile?")
     return data
@@ -169,8 +269,17 @@ def resolved(url: str) -> tuple[str, str]:
 
 def exists(url: str) -> bool:
     """Whether a file or folder is there."""
+    return kind(url) is not None
+
+
+def kind(url: str) -> str | None:
+    """ "file", "directory", another kind of thing, or None where nothing is there."""
     fs, path = file_system(url)
-    return bool(fs.exists(path))
+    try:
+        # Not fsspec's `exists`, to which a storage that fails is an empty one.
+        return str(patiently(lambda: fs.info(path), url)["type"])
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def join(folder: str, name: str) -> str:
@@ -181,6 +290,7 @@ def join(folder: str, name: str) -> str:
 def list_names(folder: str) -> list[str]:
     """Sorted names of the files and folders directly inside a folder; empty where the folder is missing."""
     fs, path = file_system(folder)
-    if not fs.isdir(path):
+    if kind(folder) != "directory":
         return []
-    return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
+    names = patiently(lambda: fs.ls(path, detail=False), folder)
+    return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in names)

@@ -10,13 +10,23 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import IO, Literal, Self
 
 from braceexpand import braceexpand
 
 from goal_ray.errors import CaptionError, ShardError
-from goal_ray.storage import FEW, file_system, list_names, open_atomic, open_read, size_bytes
+from goal_ray.storage import (
+    FEW,
+    exists,
+    file_system,
+    kind,
+    list_names,
+    open_atomic,
+    open_read,
+    patiently,
+    size_bytes,
+)
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 CAPTION_EXTENSION = "txt"
@@ -92,15 +102,16 @@ def expand_files(spec: str, suffixes: tuple[str, ...]) -> list[str]:
         # Of very many, each asked for by name would take a storage minutes.
         if len(patterns) > FEW and shard_name(pattern) in names_in(pattern.rpartition("/")[0] or "."):
             found = [path]
-        elif fs.isdir(path):
-            found = [entry for entry in fs.ls(path, detail=False) if entry.lower().endswith(suffixes)]
+        elif kind(pattern) == "directory":
+            entries = patiently(partial(fs.ls, path, detail=False), pattern)
+            found = [entry for entry in entries if entry.lower().endswith(suffixes)]
             if not found:
                 raise ShardError(f"{pattern}: the folder holds no {'/'.join(suffixes)} file")
         elif any(sign in path for sign in "*?["):
-            found = fs.glob(path)
+            found = patiently(partial(fs.glob, path), pattern)
             if not found:
                 raise ShardError(f"{pattern}: no file matches")
-        elif not fs.exists(path):
+        elif not exists(pattern):
             raise ShardError(f"{pattern}: no such file or folder")
         else:
             found = [path]

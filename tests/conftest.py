@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,24 +50,49 @@ def shared() -> Path:
     return Path(folder)
 
 
-@pytest.fixture(scope="session")
-def s3_server() -> Iterator[None]:
-    """An S3 server on loopback, which this process and those it starts know by their environment."""
-    from moto.server import ThreadedMotoServer
+class S3Server:
+    """An S3 server on loopback. What it holds lies in this process and outlasts an outage."""
 
+    def __init__(self) -> None:
+        self.port = 0
+        self.start()
+
+    def start(self) -> None:
+        from moto.server import ThreadedMotoServer
+
+        self.server = ThreadedMotoServer("127.0.0.1", self.port, verbose=False)
+        self.server.start()
+        self.port = self.server.get_host_and_port()[1]
+
+    def stop(self) -> None:
+        """From now on connections are refused."""
+        self.server.stop()
+        self.server._server.server_close()
+
+    def fail_for(self, seconds: float) -> threading.Timer:
+        """Stops; starts again by itself after a while. Join what it returns."""
+        self.stop()
+        timer = threading.Timer(seconds, self.start)
+        timer.start()
+        return timer
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """An S3 server, which this process and those it starts know by their environment."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
+    server = S3Server()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("ACCESS_KEY_ID", "x"), ("SECRET_ACCESS_KEY", "x"), ("DEFAULT_REGION", "us-east-1")):
             patch.setenv(f"AWS_{name}", value)
-        patch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
-        yield
+        patch.setenv("AWS_MAX_ATTEMPTS", "1")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.port}")
+        yield server
     server.stop()
 
 
 @pytest.fixture
-def s3(s3_server: None) -> str:  # noqa: ARG001
+def s3(s3_server: S3Server) -> str:  # noqa: ARG001
     """The address of an empty bucket."""
     import fsspec
 

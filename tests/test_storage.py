@@ -1,5 +1,6 @@
 """Files that are there when complete, and what is left of the others."""
 
+import errno
 import gc
 import os
 import signal
@@ -11,14 +12,18 @@ import pytest
 
 from goal_ray import storage
 from goal_ray.storage import (
+    exists,
     list_names,
     open_atomic,
+    open_read,
     read_all,
     read_bytes,
+    read_range,
     remove_abandoned,
     sizes_bytes,
     write_bytes,
 )
+from goal_ray.tars import expand_shards
 
 HALF_WRITTEN = """
 import sys
@@ -122,3 +127,64 @@ def test_an_upload_that_fails_leaves_the_old_object_and_nothing_else(s3, size):
     assert read_bytes(f"{s3}/a") == b"old"
     assert list_names(s3) == ["a"]
     assert not fsspec.filesystem("s3").call_s3("list_multipart_uploads", Bucket=s3.removeprefix("s3://")).get("Uploads")
+
+
+@pytest.fixture(autouse=True)
+def no_other_patience(monkeypatch):
+    """s3fs itself would bridge the first ten seconds."""
+    monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)
+
+
+def test_a_read_goes_on_at_its_place_when_its_storage_comes_back(s3, s3_server, caplog):
+    data = os.urandom(70_000_000)  # s3fs reads 50 MB ahead
+    write_bytes(f"{s3}/a", data)
+    with open_read(f"{s3}/a") as file:
+        begun = file.read(5_000_000)
+        back = s3_server.fail_for(seconds=2)
+        assert begun + file.read() == data
+    back.join()
+    assert "trying again for" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("request_", "answer"),
+    [
+        (lambda s3: read_range(f"{s3}/a", 1, 2), b"bc"),
+        (lambda s3: write_bytes(f"{s3}/b", b"new") or read_bytes(f"{s3}/b"), b"new"),
+        (lambda s3: exists(f"{s3}/a"), True),
+        (lambda s3: exists(f"{s3}/none"), False),
+        (lambda s3: list_names(s3), ["a"]),
+        (lambda s3: [*sizes_bytes([f"{s3}/a"]).values()], [4]),
+        (lambda s3: [url.rpartition("/")[2] for url in expand_shards(f"{s3}/a")], ["a"]),
+    ],
+)
+def test_a_storage_that_is_away_is_waited_for(s3, s3_server, request_, answer):
+    write_bytes(f"{s3}/a", b"abcd")
+    back = s3_server.fail_for(seconds=1)
+    assert request_(s3) == answer
+    back.join()
+
+
+def test_patience_ends(s3, s3_server, monkeypatch):
+    monkeypatch.setattr(storage, "PATIENCE_S", 0.5)
+    s3_server.stop()
+    try:
+        with pytest.raises(Exception, match="connect"):
+            read_bytes(f"{s3}/a")
+    finally:
+        s3_server.start()
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError("a"), PermissionError("a"), OSError(errno.ENOSPC, "full"), TypeError()]
+)
+def test_what_lasts_is_raised_at_once(error):
+    calls = []
+
+    def request():
+        calls.append(1)
+        raise error
+
+    with pytest.raises(type(error)):
+        storage.patiently(request, "s3://bucket/a")
+    assert len(calls) == 1

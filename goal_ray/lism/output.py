@@ -15,13 +15,24 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from goal_ray.lism.picks import Picks
 from goal_ray.lism.work import PHASES, Work
-from goal_ray.storage import join, list_names, open_atomic, open_read, read_all, remove, remove_abandoned, write_bytes
+from goal_ray.storage import (
+    join,
+    list_names,
+    open_atomic,
+    open_read,
+    patiently,
+    read_all,
+    remove,
+    remove_abandoned,
+    write_bytes,
+)
 from goal_ray.tars import (
     PAIRS_EXTENSION,
     Member,
@@ -192,7 +203,8 @@ class OutputFolder:
             else:
                 remove(self._quarantine(shard))
             if pairs:
-                counts.picks = counts.picks.placed(write_paired_tar(shard, self.tar(shard), pairs))
+                copy = partial(write_paired_tar, shard, self.tar(shard), pairs)
+                counts.picks = counts.picks.placed(patiently(copy, self.tar(shard)))
             else:
                 remove(self.tar(shard))
         counts.add_work("write", seconds["write"], len(pairs))
