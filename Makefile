@@ -22,10 +22,10 @@ demo: $(READY) ## run every stage on drawn scenes; writes demo/
 	$(BIN)/goal-ray demo
 
 test: $(READY) ## the test suite (under 15 minutes on 2 cores)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-all: $(READY) ## also the tests that take minutes each
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m ''
 
 lint: $(READY) ## formatting, rules and types
 	$(BIN)/ruff format --check .

@@ -14,6 +14,7 @@ STAGES = {
     "train": "fine-tune a CLIP with GOAL",
     "evaluate": "measure retrieval of a model on shards",
     "export": "write a model for open_clip or transformers, with a model card",
+    "submit": "run one of these as a job on a Ray cluster, and follow it",
     "report": "write one HTML page with curves, metrics and pictures",
 }
 

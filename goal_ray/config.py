@@ -8,7 +8,7 @@ import json
 import re
 import textwrap
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,13 @@ def strict(cls: type) -> type:
     """Class decorator: a config dataclass that refuses unknown keys when it is loaded."""
     cls.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
     return cls
+
+
+def check_custom_resources(key: str, resources: Mapping[str, float]) -> None:
+    """For __post_init__: raises ValueError for amounts of what Ray itself counts, or of nothing."""
+    for name, amount in resources.items():
+        if name in ("CPU", "GPU", "memory", "object_store_memory") or amount <= 0:
+            raise ValueError(f"{key} holds amounts above 0 of custom resources, not {name}: {amount:g}")
 
 
 def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:

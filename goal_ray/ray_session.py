@@ -55,6 +55,22 @@ def ray_session(busy_cpus: int = 0) -> Iterator[None]:
         ray.shutdown()
 
 
+def is_joined() -> bool:
+    """Whether Ray's cluster is one that was there before; such a cluster may grow."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def keep_ray_data_here() -> None:
+    """Makes Ray Data's own actors live on this process's node, as long as the cluster.
+
+    They are made, and stay, where Ray Data first runs. In a training that is a worker's node, which then would never
+    count as idle, and whose death would leave every later execution in the cluster waiting for them.
+    """
+    import ray.data
+
+    ray.data.range(1).materialize()
+
+
 class Breather:
     """Ray Data execution callback: a short rest after every step of its scheduler.
 

@@ -24,6 +24,13 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything with Ray in one process, one after the other, and beside it the rest, by files."""
+    for item in items:
+        with_ray = "cluster" in getattr(item, "fixturenames", ()) or item.get_closest_marker("own_cluster")
+        item.add_marker(pytest.mark.xdist_group("ray" if with_ray else item.nodeid.partition("::")[0]))
+
+
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The path of an open_clip architecture that runs in milliseconds."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from goal_ray.config import strict
+from goal_ray.config import check_custom_resources, strict
 from goal_ray.model import ModelConfig
 from goal_ray.precision import Precision
 from goal_ray.regions import FelzenszwalbConfig, ProposerConfig
@@ -60,8 +60,10 @@ class LismConfig:
     proposer_actors: least and most proposer actors
     matcher_actors: least and most matcher actors
     fused: both models in every actor, which then hands no picture on; proposer_actors counts them
-    device: auto takes GPUs where the cluster has them
+    device: auto takes GPUs where the cluster has them now; say cuda where it first has to start nodes with them
     gpus_per_actor: share of a GPU that each actor holds
+    actor_resources: custom Ray resources that each actor holds besides, such as {lism: 1}: it goes to nodes that have
+        them, and an autoscaler starts those
     max_bad_share: the run fails when more than this share of the samples is quarantined
     """
 
@@ -80,6 +82,7 @@ class LismConfig:
     fused: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     gpus_per_actor: float = 0.5
+    actor_resources: dict[str, float] = field(default_factory=dict)
     max_bad_share: float = 0.05
 
     def __post_init__(self) -> None:
@@ -100,6 +103,7 @@ class LismConfig:
             raise ValueError("gpus_per_actor must be more than 0; to use no GPU, set device=cpu")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError("max_bad_share must be between 0 and 1")
+        check_custom_resources("actor_resources", self.actor_resources)
 
     @property
     def least_actors(self) -> int:

@@ -64,7 +64,9 @@ def stream_groups(
     dataset = groups
     for stages, (least, most) in [([propose, match], config.proposer_actors)] if config.fused else apart:
         pool = ActorPoolStrategy(min_size=least, max_size=most)
-        dataset = dataset.map(StageActor, fn_constructor_args=stages, compute=pool, **resources)
+        dataset = dataset.map(
+            StageActor, fn_constructor_args=stages, compute=pool, resources=config.actor_resources or None, **resources
+        )
     dataset.context.target_max_block_size = 1  # every row fills a block
     try:
         for row in dataset.iter_rows():

@@ -24,7 +24,7 @@ from goal_ray.lism.pipeline import WorkerLost, stream_groups
 from goal_ray.lism.progress import Progress
 from goal_ray.lism.reading import Selection
 from goal_ray.lism.work import Work
-from goal_ray.ray_session import ray_session
+from goal_ray.ray_session import is_joined, ray_session
 from goal_ray.storage import exists, join, read_bytes, resolved, sizes_bytes, write_bytes
 from goal_ray.tars import expand_shards, shard_name
 from goal_ray.text import split_sentences
@@ -108,7 +108,7 @@ def choose_gpu(config: LismConfig) -> bool:
     for name, amount in needed.items():
         if have.get(name, 0) < amount:
             problem = f"{actors} actors and reading need {amount:g} {name}s, and the cluster has {have.get(name, 0):g}"
-            if not os.environ.get("RAY_ADDRESS"):
+            if not is_joined():
                 raise StageError(f"{problem}; change proposer_actors, matcher_actors, gpus_per_actor or device")
             print(f"waiting for the cluster to grow: {problem}", file=sys.stderr)
     return on_gpu

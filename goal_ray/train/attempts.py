@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from goal_ray.errors import GoalRayError, StageError
+from goal_ray.ray_session import is_joined
 from goal_ray.train.checkpoint import newest_intact, prune_checkpoints, read_step
 from goal_ray.train.config import TrainConfig
+from goal_ray.train.demand import Demand
 from goal_ray.train.evaluation import Evaluations
 from goal_ray.train.mailbox import open_mailbox
 from goal_ray.train.recorder import RunRecorder
@@ -20,7 +22,7 @@ Ending = Literal["finished", "early", "interrupted", "preempted", "resized"]
 POLL_S = 0.5
 LOOK_AROUND_S = 5.0
 GROW_AFTER_S = 30.0
-WAIT_FOR_NODES_S = 600.0
+INGEST = {"CPU": 1.0}
 
 
 class Attempts:
@@ -100,7 +102,10 @@ class Attempts:
         thread = threading.Thread(target=fit, daemon=True)
         thread.start()
         ending: Ending = "finished"
+        more = Demand([[self.config.worker_bundle(self.use_gpu)]] * (self.config.max_workers - workers))
         try:
+            if is_joined():
+                more.start()
             while thread.is_alive():
                 thread.join(POLL_S)
                 for record in ray.get(mailbox.take.remote()):
@@ -114,6 +119,7 @@ class Attempts:
             for record in ray.get(mailbox.take.remote()):
                 self._receive(record)
         finally:
+            more.end()
             self.recorder.count_time()
             self.recorder.workers = 0
             ray.kill(mailbox)
@@ -132,7 +138,11 @@ class Attempts:
         fields = {name: value for name, value in job.items() if name != "total_steps"}
         return TorchTrainer(
             partial(worker_entry, fields, mailbox, self.use_gpu),
-            scaling_config=ScalingConfig(num_workers=workers, use_gpu=self.use_gpu),
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                use_gpu=self.use_gpu,
+                resources_per_worker=self.config.worker_bundle(self.use_gpu),
+            ),
             torch_config=TorchConfig(backend="nccl" if self.use_gpu else "gloo"),
             run_config=RunConfig(name="ray", storage_path=str(self.run_dir)),
         )
@@ -176,17 +186,26 @@ class Attempts:
         return None
 
     def _wait_for_workers(self) -> int:
-        """How many workers to start; waits a while for nodes to replace those that went."""
-        until = time.monotonic() + WAIT_FOR_NODES_S
-        while (count := most_workers(self.config, self.use_gpu, cluster_resources())) is None:
-            if time.monotonic() > until:
-                raise StageError(
-                    f"the cluster has had too few nodes for {self.config.min_workers} workers for "
-                    f"{WAIT_FOR_NODES_S:.0f} s; go on with --resume when there are more"
-                )
-            self.recorder.line.show(f"waiting for nodes for {self.config.min_workers} workers")
-            time.sleep(POLL_S)
-        return count
+        """How many workers to start; asks and waits for nodes where there are too few for the fewest."""
+        until = time.monotonic() + self.config.wait_for_nodes_s
+        bundle, fewest = self.config.worker_bundle(self.use_gpu), self.config.worker_counts[0]
+        demand = Demand([[bundle] * fewest + [INGEST], *[[bundle]] * (self.config.max_workers - fewest)])
+        try:
+            while lack := lacking(self.config, self.use_gpu, cluster_resources()):
+                if self.interrupted.is_set():
+                    raise StageError("ended by a signal while waiting for nodes; go on with --resume")
+                if time.monotonic() > until:
+                    raise StageError(
+                        f"{lack}, and there have not been more for {self.config.wait_for_nodes_s:.0f} s; go on with "
+                        "--resume when there are, or raise wait_for_nodes_s"
+                    )
+                demand.start()
+                self.recorder.line.show(f"waiting for nodes: {lack}")
+                time.sleep(POLL_S)
+        finally:
+            demand.end()
+        workers = most_workers(self.config, self.use_gpu, cluster_resources())
+        return workers or fewest  # a node that went at this very moment is missed by the attempt
 
 
 class WorkerDied(StageError):
@@ -198,8 +217,22 @@ def most_workers(config: TrainConfig, use_gpu: bool, resources: dict[str, float]
 
     None where they do not suffice for the fewest.
     """
-    room = min(resources.get("CPU", 0) - 1, resources.get("GPU", 0) if use_gpu else float("inf"))
+    bundle = config.worker_bundle(use_gpu)
+    room = min(resources.get(name, 0) // amount for name, amount in bundle.items())
+    room = min(room, resources.get("CPU", 0) - INGEST["CPU"])
     return max((count for count in config.worker_counts if count <= room), default=None)
+
+
+def lacking(config: TrainConfig, use_gpu: bool, resources: dict[str, float]) -> str:
+    """What the fewest workers need and resources do not have; empty where they suffice."""
+    if most_workers(config, use_gpu, resources) is not None:
+        return ""
+    workers = config.worker_counts[0]
+    needed = {name: workers * amount for name, amount in config.worker_bundle(use_gpu).items()}
+    needed["CPU"] = workers + INGEST["CPU"]
+    short = next((name for name, amount in needed.items() if resources.get(name, 0) < amount), "CPU")
+    who = f"{workers} workers and the ingest" if short == "CPU" else f"{workers} workers"
+    return f"{who} need {needed[short]:g} {short}s, the cluster has {resources.get(short, 0):g}"
 
 
 def cluster_resources() -> dict[str, float]:

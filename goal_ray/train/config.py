@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from goal_ray.config import strict
+from goal_ray.config import check_custom_resources, strict
 from goal_ray.geometry import ResizeConfig
 from goal_ray.losses import LossConfig
 from goal_ray.model import ModelConfig
@@ -144,7 +144,10 @@ class TrainConfig:
     offload: optimizer keeps its states and the update on the CPU (zero_stage 1 to 3), parameters them too (3)
     workers: Ray Train workers, one GPU each on GPUs; [min, max] takes as many as the cluster has at every (re)start,
         with the same micro-batches: batch_per_worker is meant for max, fewer workers take more, in chunks
-    device: auto takes a GPU where the cluster has one
+    worker_resources: custom Ray resources that each worker holds, such as {train: 1}: it goes to nodes that have them,
+        and an autoscaler starts those
+    device: auto takes a GPU where the cluster has one now; say cuda where it first has to start nodes with them
+    wait_for_nodes_s: on a cluster that was there before, how long the run asks and waits for nodes before it fails
     storage_path: folder for runs, seen by every worker
     name: this run's folder inside storage_path
     checkpoint_every: optimizer steps between checkpoints; the last step always makes one
@@ -170,7 +173,9 @@ class TrainConfig:
     zero_stage: Literal[0, 1, 2, 3] = 1
     offload: Literal["none", "optimizer", "parameters"] = "none"
     workers: int | tuple[int, int] = 1
+    worker_resources: dict[str, float] = field(default_factory=dict)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    wait_for_nodes_s: float = 1800.0
     storage_path: str = "runs"
     name: str = "goal"
     checkpoint_every: int = 500
@@ -187,6 +192,7 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1")
         if not 1 <= self.min_workers <= self.max_workers:
             raise ValueError("workers must be at least 1, or [min, max] with 1 <= min <= max")
+        check_custom_resources("worker_resources", self.worker_resources)
         if self.max_failures < 0:
             raise ValueError("max_failures must not be negative")
         if self.max_steps is not None and self.max_steps < 1:
@@ -215,6 +221,10 @@ class TrainConfig:
     def max_workers(self) -> int:
         """The workers that batch_per_worker is meant for."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    def worker_bundle(self, use_gpu: bool) -> dict[str, float]:
+        """What each worker holds of Ray's resources."""
+        return {"GPU" if use_gpu else "CPU": 1.0, **self.worker_resources}
 
     @property
     def global_batch(self) -> int:

@@ -17,9 +17,9 @@ from goal_ray.errors import ConfigError, StageError
 from goal_ray.model import CONFIG_FILE as MODEL_CONFIG_FILE
 from goal_ray.model import WEIGHTS_FILE
 from goal_ray.order import BatchOrder
-from goal_ray.ray_session import ray_session
+from goal_ray.ray_session import is_joined, keep_ray_data_here, quiet_ray_data, ray_session
 from goal_ray.tars import expand_shards, shard_name
-from goal_ray.train.attempts import Attempts, cluster_resources, most_workers
+from goal_ray.train.attempts import Attempts, cluster_resources, lacking
 from goal_ray.train.checkpoint import checkpoint_folders, newest_intact, prune_checkpoints, read_step
 from goal_ray.train.config import TrainConfig
 from goal_ray.train.cost import COST_FILE, Cost
@@ -38,6 +38,7 @@ RESUMABLE_CHANGES = {
     "data.shards",  # moved, that is: names and counts are compared
     "data.max_bad_share",
     "workers",
+    "worker_resources",
     "batch_per_worker",
     "chunk",
     "accumulate",
@@ -50,6 +51,7 @@ RESUMABLE_CHANGES = {
     "step.text_multiple",
     "step.fused_adamw",
     "device",
+    "wait_for_nodes_s",
     "checkpoint_every",
     "keep_checkpoints",
     "max_failures",
@@ -123,6 +125,9 @@ def train_on_cluster(
     began: float,
 ) -> None:
     """Scans, trains and evaluates in a Ray session, and stores the result; a run that has one stays as it is."""
+    if is_joined():
+        quiet_ray_data(preserve_order=True)
+        keep_ray_data_here()
     line.show("scanning the shards")
     counts, bad, indexes = index_shards(urls, config.loss.needs_pairs)
     samples = sum(counts) + len(bad)
@@ -201,8 +206,8 @@ def check_run(run_dir: Path, config: TrainConfig, resume: bool) -> None:
     before, now = flatten(to_tree(old)), flatten(to_tree(config))
     changed = [
         f"{key}={now.get(key)}, it was {before.get(key)}"
-        for key in sorted({*before, *now} - RESUMABLE_CHANGES)
-        if before.get(key) != now.get(key)
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key) and not {key, key.partition(".")[0]} & RESUMABLE_CHANGES
     ]
     if old.global_batch != config.global_batch:
         changed.append(f"a global batch of {config.global_batch}, it was {old.global_batch}")
@@ -244,19 +249,12 @@ def check_share(bad: list[dict[str, str]], samples: int, max_bad_share: float) -
 
 
 def choose_gpu(config: TrainConfig) -> bool:
-    """Whether workers run on GPUs. Raises StageError where Ray would wait forever for what the cluster lacks."""
-    available, workers = cluster_resources(), config.min_workers
-    gpus, cpus = available.get("GPU", 0), available.get("CPU", 0)
-    use_gpu = config.device == "cuda" or (config.device == "auto" and gpus > 0)
-    if most_workers(config, use_gpu, available) is not None:
-        return use_gpu
-    if use_gpu and gpus < workers:
-        raise StageError(
-            f"{workers} workers need {workers} GPUs, the cluster has {gpus:g}; lower `workers` or set device=cpu"
-        )
-    raise StageError(
-        f"{workers} workers and the ingest need {workers + 1} CPUs, the cluster has {cpus:g}; lower `workers`"
-    )
+    """Whether workers run on GPUs. Raises StageError where Ray would wait forever for what a private cluster lacks."""
+    available = cluster_resources()
+    use_gpu = config.device == "cuda" or (config.device == "auto" and available.get("GPU", 0) > 0)
+    if not is_joined() and (lack := lacking(config, use_gpu, available)):
+        raise StageError(f"{lack}; lower `workers`" + (" or set device=cpu" if use_gpu else ""))
+    return use_gpu
 
 
 def check_backend(config: TrainConfig, use_gpu: bool) -> None:

@@ -12,6 +12,8 @@ from odd_tars import picture, write_members
 
 from goal_ray.lism.output import OutputFolder, ShardCounts
 
+pytestmark = pytest.mark.own_cluster
+
 HERE = Path(__file__).parent
 SIZE = (1000, 800)
 TARS, SAMPLES = 6, 60

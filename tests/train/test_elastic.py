@@ -15,6 +15,8 @@ from goal_ray.model import ModelConfig
 from goal_ray.train.config import DataConfig, OptimizerConfig, TrainConfig
 from goal_ray.train.recorder import read_records
 
+pytestmark = pytest.mark.own_cluster
+
 STEPS = 40
 
 

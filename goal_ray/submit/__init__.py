@@ -1,0 +1,1 @@
+"""Stages as jobs on a Ray cluster."""
