@@ -64,6 +64,7 @@ class Attempts:
                 ending = self._attempt(resume_from, workers)
                 if ending in ("finished", "early", "interrupted"):
                     return ending
+                self.recorder.prometheus.count("restarts")
                 self.recorder.line.say(f"{ending} after step {self.newest_saved}; starting the workers again")
             except Exception as error:
                 own = own_error(error, self.run_dir)
@@ -72,6 +73,7 @@ class Attempts:
                     raise own from error
                 if not isinstance(own, WorkerDied | RuntimeError) or failures > self.config.max_failures:
                     raise own from error
+                self.recorder.prometheus.count("restarts")
                 self.recorder.line.say(
                     f"{first_line(own)}; restart {failures} of {self.config.max_failures} without progress allowed"
                 )
@@ -155,10 +157,13 @@ class Attempts:
             self.recorder.line.show(record["doing"])
         elif "node" in record:
             self.nodes.add(record["node"])
+        elif "nonfinite" in record:
+            self.recorder.prometheus.count("nonfinite_losses")
         elif "device" in record:
             self.recorder.describe(record)
         elif "saved" in record:
             self.newest_saved = max(self.newest_saved, record["saved"])
+            self.recorder.prometheus.set("checkpoint_step", self.newest_saved)
             self.evaluations.add(record["saved"])
             prune_checkpoints(self.run_dir, self.config.keep_checkpoints, self.evaluations.needed)
         else:

@@ -112,7 +112,7 @@ class Evaluations:
         self.values[step] = numbers[self.config.metric]
         with (self.run_dir / HISTORY_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **numbers}) + "\n")
-        self.draw(step, {f"evaluation/{name}": value for name, value in numbers.items()})
+        self.draw(step, numbers)
         mark = ", the best so far" if self.best == step else ""
         return self.say(f"step {step}: {self.config.metric} {self.values[step]:.2f}{mark}")
 

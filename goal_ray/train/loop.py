@@ -3,9 +3,11 @@
 import json
 import pickle
 import platform
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +104,7 @@ def run_steps(job: Job, rank: int, ranks: int, device: torch.device) -> None:
         window = LogWindow(device)
         batches = iter(feed)
         done = first_step
-        while group := [batch for _, batch in zip(range(config.accumulate), batches, strict=False)]:
+        while group := take(batches, config.accumulate, window):
             weights = config.loss.weights(done / total_steps)
             lr = config.optimizer.lr * config.optimizer.lr_factor(done, total_steps)
             set_learning_rate(engine, lr)
@@ -128,6 +130,14 @@ def run_steps(job: Job, rank: int, ranks: int, device: torch.device) -> None:
             writer.save(engine, loaded, done)
         report(job, rank, window.arrived(wait=True))
         writer.wait()
+
+
+def take(batches: Iterator[MicroBatch], count: int, window: LogWindow) -> list[MicroBatch]:
+    """The next `count` micro-batches, fewer at the end; the window gets the time they took to come."""
+    began = time.perf_counter()
+    group = list(islice(batches, count))
+    window.waited(time.perf_counter() - began)
+    return group
 
 
 def train_step(engine: Any, micro_batch: MicroBatch, kind: str, weights: Sequence[float]) -> torch.Tensor:
@@ -177,6 +187,7 @@ def report(job: Job, rank: int, record: dict[str, Any] | None) -> None:
     bad_step = record.pop("nonfinite_step")
     if bad_step is not None:
         place = write_offenders(job, bad_step)
+        job.send({"nonfinite": bad_step + 1})
         raise StageError(
             f"the loss of step {bad_step + 1} is not finite; the samples of that step and the one before are listed in "
             f"{place}; look at them, or lower optimizer.lr, then go on with --resume from the checkpoint before"

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from goal_ray.train.cost import Cost
 from goal_ray.train.loggers import Logger
+from goal_ray.train.metrics import Metrics
 from goal_ray.train.scan import QUARANTINE_FILE
 
 METRICS_FILE = "metrics.jsonl"
@@ -50,12 +51,14 @@ class RunRecorder:
     seconds  wall time of the run up to the last record, earlier calls included
     bad      every unusable sample met, by (shard, key)
     workers  how many are at work now
+    prometheus  the run's metrics, for who has more to count
     """
 
-    def __init__(self, run_dir: Path, line: ProgressLine, loggers: Sequence[Logger], began: float):
+    def __init__(self, run_dir: Path, line: ProgressLine, loggers: Sequence[Logger], metrics: Metrics, began: float):
         self.run_dir = run_dir
         self.line = line
         self.loggers = loggers
+        self.prometheus = metrics
         self.since = began
         self.workers = 0
         self.cost = Cost.read(run_dir)
@@ -88,6 +91,7 @@ class RunRecorder:
     def log(self, message: dict[str, Any]) -> None:
         """Takes a log line."""
         self.count_time()
+        self.prometheus.logged(message)
         self.cost.add(message)
         self.cost.write(self.run_dir)
         record = {name: value for name, value in message.items() if name not in OF_A_WINDOW}
@@ -110,6 +114,11 @@ class RunRecorder:
         for logger in self.loggers:
             logger.log(step, values)
 
+    def evaluated(self, step: int, numbers: dict[str, float]) -> None:
+        """Takes the results of the checkpoint after `step` steps, by name."""
+        self.prometheus.evaluated(numbers)
+        self.draw(step, {f"evaluation/{name}": value for name, value in numbers.items()})
+
     @property
     def seconds(self) -> float:
         """Wall time of the run, earlier calls included, as of the last count."""
@@ -121,12 +130,15 @@ class RunRecorder:
         passed, self.since = now - self.since, now
         self.cost.seconds += passed
         self.cost.worker_seconds += passed * self.workers
+        self.prometheus.set("workers", self.workers)
+        self.prometheus.refresh()
 
     def quarantine(self, records: list[dict[str, str]]) -> None:
         """Appends samples that were not met before to the run's quarantine."""
         with (self.run_dir / QUARANTINE_FILE).open("a", encoding="utf-8") as file:
             for record in records:
                 if (record["shard"], record["key"]) not in self.bad:
+                    self.prometheus.count("quarantined")
                     self.bad[record["shard"], record["key"]] = record
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
 

@@ -25,6 +25,7 @@ from goal_ray.train.config import TrainConfig
 from goal_ray.train.cost import COST_FILE, Cost
 from goal_ray.train.evaluation import Evaluations
 from goal_ray.train.loggers import open_loggers
+from goal_ray.train.metrics import Metrics
 from goal_ray.train.recorder import METRICS_FILE, ProgressLine, RunRecorder
 from goal_ray.train.result import best_checkpoint, read_result, write_result
 from goal_ray.train.scan import QUARANTINE_FILE, describe_bad, index_shards
@@ -142,9 +143,9 @@ def train_on_cluster(
     before = read_result(run_dir)
     if before and (first_step == total_steps or before.get("ending") == "early"):
         return
-    with RunRecorder(run_dir, line, open_loggers(run_dir, config), began) as recorder:
+    with RunRecorder(run_dir, line, open_loggers(run_dir, config), Metrics(str(run_dir)), began) as recorder:
         recorder.quarantine(bad)
-        evaluations = Evaluations(run_dir, config.evaluation, recorder.draw, line.say)
+        evaluations = Evaluations(run_dir, config.evaluation, recorder.evaluated, line.say)
         job = {
             "config": config,
             "run_dir": run_dir,

@@ -24,7 +24,7 @@ class Arriving(NamedTuple):
     """A log line whose sums are on their way.
 
     values  terms, gradient norm, first step of a loss that is not finite, then sums over the ranks: images, FLOPs,
-            joules; then peak bytes
+            joules; then the most of any rank: peak bytes, seconds of waiting for data
     copied  on CUDA, the event that the copy ends with
     """
 
@@ -43,6 +43,7 @@ class LogWindow:
         self.sum_4 = torch.zeros(len(TERMS), device=device)
         self.bad_step = torch.full((), NEVER, dtype=torch.float64, device=device)
         self.micro_batches = self.images = self.flops = self.steps = 0
+        self.waited_s = 0.0
         self.last_step = -1
         self.since = time.perf_counter()
         self.energy = EnergyMeter(device)
@@ -59,6 +60,10 @@ class LogWindow:
         self.images += sum(len(chunk.images_B3SS) for chunk in micro_batch.chunks)
         self.flops += flops
 
+    def waited(self, seconds: float) -> None:
+        """Adds time in which this rank had nothing to work on."""
+        self.waited_s += seconds
+
     def close(self, record: dict[str, Any], weights: Sequence[float], grad_norm: Any) -> None:
         """Ends the window: its means will complete `record`; begins the next one.
 
@@ -68,7 +73,7 @@ class LogWindow:
         norm = torch.as_tensor(torch.nan if grad_norm is None else grad_norm, dtype=torch.float64, device=self.device)
         mean_4 = self.sum_4.double() / max(1, self.micro_batches) / world_size()
         sums = torch.tensor([self.images, self.flops, self.energy.joules()], dtype=torch.float64)
-        extremes = torch.tensor([float(peak_bytes(self.device))], dtype=torch.float64)
+        extremes = torch.tensor([float(peak_bytes(self.device)), self.waited_s], dtype=torch.float64)
         added = torch.cat([mean_4, sums.to(self.device, non_blocking=True)])
         most = torch.cat([-self.bad_step[None], extremes.to(self.device, non_blocking=True)])
         if world_size() > 1:
@@ -85,6 +90,7 @@ class LogWindow:
         self.arriving = Arriving(record, weights, values, copied, now - self.since)
         self.sum_4 = torch.zeros_like(self.sum_4)
         self.micro_batches = self.images = self.flops = self.steps = 0
+        self.waited_s = 0.0
         self.since = now
 
     def arrived(self, wait: bool = False) -> dict[str, Any] | None:
@@ -99,13 +105,14 @@ class LogWindow:
         if line.copied is not None:
             line.copied.synchronize()
         values = line.values.tolist()
-        terms, (norm, bad_step, images, flops, joules, peak) = values[:4], values[4:]
+        terms, (norm, bad_step, images, flops, joules, peak, waited_s) = values[:4], values[4:]
         return {
             **line.record,
             "loss": sum(weight * term for weight, term in zip(line.weights, terms, strict=True)),
             **{f"loss_{name}": term for name, term in zip(TERMS, terms, strict=True)},
             "grad_norm": None if norm != norm else norm,
             "images_per_s": images / line.seconds,
+            "data_wait_share": min(1.0, waited_s / line.seconds),
             "window_seconds": line.seconds,
             "images": int(images),
             "flops": flops,

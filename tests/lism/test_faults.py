@@ -157,6 +157,7 @@ def test_drivers_that_are_killed_again_and_again_change_no_output(undisturbed, t
     assert psutil.wait_procs(agents, timeout=90)[1] == []
 
 
+@pytest.mark.slow
 def test_on_s3_a_run_goes_on_after_its_driver_was_killed(undisturbed, tiny_clip, tmp_path, s3):
     source = write_tars(tmp_path / "in", deadly=picture()[:50])
     for path in source.iterdir():

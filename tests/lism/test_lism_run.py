@@ -4,17 +4,14 @@ import json
 import os
 import shutil
 import sys
-import time
-import urllib.request
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import webdataset
 from odd_tars import GOOD, MIXED, good, read_members, write_members, write_mixed
-from prometheus_client.parser import text_string_to_metric_families
+from scraping import scraped
 from tiny_sam import tiny_sam
 from torch import save
 
@@ -173,30 +170,14 @@ def test_the_summary_tells_the_work_of_every_phase_that_was_ever_done_for_the_sh
         assert images_by_phase(summary) == expected
 
 
-def scraped(output: Path, until: Callable[[dict], bool]) -> dict[tuple[str, ...], float]:
-    """(metric, its own tag) -> value of a run's metrics at the node's agent, which learns of them every 10 s."""
-    import ray
-
-    node = ray.nodes()[0]
-    assert node["NodeManagerAddress"] == "127.0.0.1"
-    end = time.monotonic() + 30
-    while True:
-        with urllib.request.urlopen(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=10) as page:
-            families = list(text_string_to_metric_families(page.read().decode()))
-        found = {
-            (sample.name, *(sample.labels[tag] for tag in ("stage", "phase") if tag in sample.labels)): sample.value
-            for family in families
-            for sample in family.samples
-            if sample.labels.get("output") == str(output) and not sample.name.endswith("_created")
-        }
-        if until(found) or time.monotonic() > end:
-            return found
-        time.sleep(0.5)
-
-
 def test_the_metrics_of_a_run_can_be_scraped_from_the_node_and_are_its_numbers(mixed):
     prefix, summary = "ray_goal_ray_lism_", mixed.summary
-    found = scraped(mixed.target, lambda found: found.get((f"{prefix}shards_done_total",)) == len(MIXED))
+    found = scraped(
+        "output",
+        str(mixed.target),
+        ("stage", "phase"),
+        until=lambda found: found.get((f"{prefix}shards_done_total",)) == len(MIXED),
+    )
     bad = Counter(stage for _, reasons in MIXED.values() for stage, _ in reasons.values())
     busy = {phase: work["seconds"] for phase, work in summary["work"].items()}
     # Ray forgets a gauge that is not set again.

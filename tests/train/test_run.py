@@ -17,6 +17,7 @@ import pytest
 import torch
 from paired_shards import write_shards
 from safetensors.torch import load_file
+from scraping import scraped
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from goal_ray.config import load_config, to_yaml
@@ -80,6 +81,14 @@ def test_a_run_logs_its_terms_rate_and_speed_at_every_step(metrics, undisturbed)
 def test_the_run_folder_holds_the_settings_that_repeat_it(undisturbed):
     config, result = undisturbed
     assert load_config(TrainConfig, result.run_dir / "config.yaml") == config
+
+
+def test_the_metrics_of_a_run_can_be_scraped_from_the_node(undisturbed):
+    prefix, run_dir = "ray_goal_ray_train_", str(undisturbed[1].run_dir)
+    found = scraped("run", run_dir, (), until=lambda found: (f"{prefix}images_total",) in found)
+    images = json.loads((undisturbed[1].run_dir / "cost.json").read_text())["images"]
+    assert found[f"{prefix}quarantined_total",] == len(UNREADABLE)
+    assert found[f"{prefix}images_total",] == images
 
 
 def test_tensorboard_shows_the_same_curves(undisturbed, metrics):
@@ -193,6 +202,7 @@ def test_a_run_goes_on_by_itself_when_a_worker_is_killed_and_later_when_the_driv
     assert cost["steps"] > STEPS  # what was done twice was paid for twice
 
 
+@pytest.mark.slow
 def test_a_signalled_run_saves_ends_and_goes_on_past_a_damaged_checkpoint(undisturbed, metrics, tmp_path, capsys):
     config = replace(undisturbed[0], storage_path=str(tmp_path), checkpoint_every=100)
     run_dir = tmp_path / config.name

@@ -22,6 +22,7 @@ def test_a_record_holds_the_means_of_its_window_alone(micro_batch):
     window.add(0, torch.tensor([9.0, 9.0, 9.0, 9.0]), micro_batch, flops=5)
     window.close({"step": 1}, WEIGHTS, None)
     window.arrived(wait=True)
+    window.waited(1e-5)
     window.add(1, torch.tensor([1.0, 2.0, 3.0, 4.0]), micro_batch, flops=10)
     window.add(1, torch.tensor([3.0, 4.0, 5.0, 6.0]), micro_batch, flops=20)
     window.add(2, torch.tensor([2.0, 3.0, 4.0, 5.0]), micro_batch, flops=30)
@@ -34,6 +35,7 @@ def test_a_record_holds_the_means_of_its_window_alone(micro_batch):
     assert (record["images"], record["flops"], record["window_steps"]) == (12, 60, 2)
     assert record["images_per_s"] == pytest.approx(12 / record["window_seconds"])
     assert record["peak_memory_bytes"] > 1e6
+    assert record["data_wait_share"] == pytest.approx(min(1, 1e-5 / record["window_seconds"]))
     assert record["energy_joules"] is record["nonfinite_step"] is None
     assert window.arrived(wait=True) is None
 
