@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-all lint format lock clean
+.PHONY: help setup demo test test-all chaos lint format lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,9 @@ test: $(READY) ## the test suite (under 15 minutes on 2 cores)
 
 test-all: $(READY) ## also the tests that take minutes each
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m ''
+
+chaos: $(READY) ## kill nodes, drivers and storage of a cluster on this machine; prints how long each recovery took
+	$(BIN)/python -m pytest -m '' -s tests/cluster/test_chaos.py
 
 lint: $(READY) ## formatting, rules and types
 	$(BIN)/ruff format --check .

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from goal_ray.events import wants_json
+
 # Read when `ray` is first imported, and by the processes it starts. The first, meant for other systems, makes Ray bind
 # to 127.0.0.1, which no argument of `ray.init` does. The last keeps Ray from printing a warning into our output when
 # the runs of one session have started more processes than three times the CPUs; idle ones cost nothing but memory.
@@ -40,6 +42,8 @@ def ray_session(busy_cpus: int = 0) -> Iterator[None]:
         # Where Ray was imported before, it has read the environment too early.
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if wants_json():
+        quiet = {"log_to_driver": False, "logging_config": ray.LoggingConfig(encoding="JSON", log_level="INFO")}
     if address:
         ray.init(address=address, **quiet)
     else:

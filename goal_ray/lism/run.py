@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 from goal_ray import __version__
 from goal_ray.config import to_tree, to_yaml
 from goal_ray.errors import StageError
+from goal_ray.events import event
 from goal_ray.lism.config import LismConfig
 from goal_ray.lism.gallery import draw_gallery
 from goal_ray.lism.groups import Item, printable
@@ -168,6 +170,7 @@ def pair_missing(
             if len(finished) == before:
                 raise
             print(f"{error}; trying", file=sys.stderr)
+            event("lism", folder.url, "pipeline started again", logging.WARNING, reason=str(error))
 
 
 def pair_shards(
@@ -204,8 +207,8 @@ def pair_shards(
                 through = list(waiting.pop(group.shard).values()), work.pop(group.shard)
                 writing[finish.remote(shard, sizes[shard], *through, again.get(shard), folder)] = shard
                 progress.skipped(sizes[shard] - size_of(items.values()))
-            collect(writing, finished, progress, timeout_s=0)
-        collect(writing, finished, progress, timeout_s=None)
+            collect(writing, finished, progress, folder.url, timeout_s=0)
+        collect(writing, finished, progress, folder.url, timeout_s=None)
         progress.all_done()
     if waiting:
         raise WorkerLost(f"{len(waiting)} shards came back incomplete; run the same command again, it goes on")
@@ -217,7 +220,7 @@ def size_of(items: Iterable[Item]) -> int:
 
 
 def collect(
-    writing: dict[Any, str], finished: dict[str, ShardCounts], progress: Progress, timeout_s: float | None
+    writing: dict[Any, str], finished: dict[str, ShardCounts], progress: Progress, run: str, timeout_s: float | None
 ) -> None:
     """Moves the shards that are written by now, or all, from `writing` to `finished`.
 
@@ -240,6 +243,16 @@ def collect(
         except ray.exceptions.RayError as error:
             raise WorkerLost(f"the pairs of {shard_name(shard)} were not written: {error}") from error
         progress.finished(finished[shard].pairs, work)
+        counts = finished[shard]
+        event(
+            "lism",
+            run,
+            "shard paired",
+            shard=shard_name(shard),
+            samples=counts.samples,
+            pairs=counts.pairs,
+            quarantined=counts.quarantined,
+        )
 
 
 def finish_shard(

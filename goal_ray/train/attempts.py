@@ -1,5 +1,6 @@
 """Ray Train from start to end: workers that die start again from the newest checkpoint, as many as there can be."""
 
+import logging
 import os
 import threading
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from goal_ray.errors import GoalRayError, StageError
+from goal_ray.events import event
 from goal_ray.ray_session import is_joined
 from goal_ray.train.checkpoint import newest_intact, prune_checkpoints, read_step
 from goal_ray.train.config import TrainConfig
@@ -64,7 +66,7 @@ class Attempts:
                 ending = self._attempt(resume_from, workers)
                 if ending in ("finished", "early", "interrupted"):
                     return ending
-                self.recorder.prometheus.count("restarts")
+                self._restarting(ending)
                 self.recorder.line.say(f"{ending} after step {self.newest_saved}; starting the workers again")
             except Exception as error:
                 own = own_error(error, self.run_dir)
@@ -73,11 +75,15 @@ class Attempts:
                     raise own from error
                 if not isinstance(own, WorkerDied | RuntimeError) or failures > self.config.max_failures:
                     raise own from error
-                self.recorder.prometheus.count("restarts")
+                self._restarting(first_line(own))
                 self.recorder.line.say(
                     f"{first_line(own)}; restart {failures} of {self.config.max_failures} without progress allowed"
                 )
             resume_from = newest_intact(self.run_dir, self.recorder.line.say)
+
+    def _restarting(self, reason: str) -> None:
+        self.recorder.prometheus.count("restarts")
+        event("train", str(self.run_dir), "workers start again", logging.WARNING, reason=reason, step=self.newest_saved)
 
     def _attempt(self, resume_from: Path | None, workers: int) -> Ending:
         """One group of workers.
@@ -159,11 +165,13 @@ class Attempts:
             self.nodes.add(record["node"])
         elif "nonfinite" in record:
             self.recorder.prometheus.count("nonfinite_losses")
+            event("train", str(self.run_dir), "loss is not finite", logging.ERROR, step=record["nonfinite"])
         elif "device" in record:
             self.recorder.describe(record)
         elif "saved" in record:
             self.newest_saved = max(self.newest_saved, record["saved"])
             self.recorder.prometheus.set("checkpoint_step", self.newest_saved)
+            event("train", str(self.run_dir), "checkpoint saved", step=record["saved"])
             self.evaluations.add(record["saved"])
             prune_checkpoints(self.run_dir, self.config.keep_checkpoints, self.evaluations.needed)
         else:

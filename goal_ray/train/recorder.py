@@ -1,6 +1,7 @@
 """What a run leaves behind while it trains: its log, its quarantine, its TensorBoard, and one progress line."""
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from goal_ray.events import event
 from goal_ray.train.cost import Cost
 from goal_ray.train.loggers import Logger
 from goal_ray.train.metrics import Metrics
@@ -117,6 +119,7 @@ class RunRecorder:
     def evaluated(self, step: int, numbers: dict[str, float]) -> None:
         """Takes the results of the checkpoint after `step` steps, by name."""
         self.prometheus.evaluated(numbers)
+        event("train", str(self.run_dir), "checkpoint evaluated", step=step, results=numbers)
         self.draw(step, {f"evaluation/{name}": value for name, value in numbers.items()})
 
     @property
@@ -139,6 +142,8 @@ class RunRecorder:
             for record in records:
                 if (record["shard"], record["key"]) not in self.bad:
                     self.prometheus.count("quarantined")
+                    sample = {name: record[name] for name in ("shard", "key", "reason")}
+                    event("train", str(self.run_dir), "sample quarantined", logging.WARNING, **sample)
                     self.bad[record["shard"], record["key"]] = record
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
 

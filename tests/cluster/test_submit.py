@@ -96,14 +96,21 @@ def test_the_demo_s_training_runs_as_a_job_that_is_followed_to_its_checkpoint(he
     work = tmp_path / "work"
     work.mkdir()
     (work / "finetune.yaml").write_text(yaml.safe_dump(recipe))
+    (work / "environment.yaml").write_text("env_vars: {GOAL_RAY_LOG: json}")
     (work / "model.json").write_text(Path(tiny_clip).read_text())
     settings = ["max_steps=4", "checkpoint_every=2", "batch_per_worker=4", f"storage_path={tmp_path}/runs"]
-    job = head.submit("--working-dir", work, "--name", "goal-1", "train", "finetune.yaml", *settings, token=head.token)
+    options = ["--working-dir", work, "--runtime-env", work / "environment.yaml", "--name", "goal-1"]
+    job = head.submit(*options, "train", "finetune.yaml", *settings, token=head.token)
     assert job.returncode == 0, job.stderr + job.stdout
     assert "trained 4 steps" in job.stdout
     assert "job goal-1 succeeded" in job.stderr
     assert json.loads((tmp_path / "runs/goal/checkpoints/step-00000004/state.json").read_text())["step"] == 4
     open_clip.create_model(f"local-dir:{tmp_path}/runs/goal/model")
+    events = [json.loads(line) for line in job.stdout.splitlines() if line.startswith('{"asctime"')]
+    saved = [
+        (event["run"], event["stage"], event["step"]) for event in events if event["message"] == "checkpoint saved"
+    ]
+    assert saved == [(f"{tmp_path}/runs/goal", "train", 2), (f"{tmp_path}/runs/goal", "train", 4)]
     assert head.token not in job.stdout + job.stderr + head.log.read_text()
 
 

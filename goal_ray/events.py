@@ -1,0 +1,23 @@
+"""What happens in a run, for log collectors: one record each through Python's logging, with run, stage and shard.
+
+With GOAL_RAY_LOG=json in its environment a stage writes them, and all other log records of its driver and workers, as
+JSON lines to stderr, where Ray adds job, node, worker and task. Without it only warnings appear, as text.
+"""
+
+import logging
+import os
+from typing import Any
+
+
+def wants_json() -> bool:
+    """Whether log records are to be JSON lines."""
+    return os.environ.get("GOAL_RAY_LOG") == "json"
+
+
+def event(stage: str, run: str, message: str, level: int = logging.INFO, **fields: Any) -> None:
+    """Logs what happened.
+
+    run     the output folder of LISM, the run folder of a training
+    fields  `shard`, `step` and whatever else belongs to it; plain values
+    """
+    logging.getLogger(f"goal_ray.{stage}").log(level, message, extra={"run": run, "stage": stage, **fields})
