@@ -22,10 +22,12 @@ demo: $(READY) ## run every stage on drawn scenes; writes demo/
 	$(BIN)/goal-ray demo
 
 test: $(READY) ## the test suite (under 15 minutes on 2 cores)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not ray"
+	$(BIN)/python -m pytest -m "not slow and ray"
 
 test-all: $(READY) ## also the tests that take minutes each
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m ''
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray"
+	$(BIN)/python -m pytest -m ray
 
 chaos: $(READY) ## kill nodes, drivers and storage of a cluster on this machine; prints how long each recovery took
 	$(BIN)/python -m pytest -m '' -s tests/cluster/test_chaos.py

@@ -12,7 +12,7 @@ from fake_cluster import FakeCluster
 from goal_ray.scenes.run import SceneSettings, draw_scenes
 from goal_ray.tars import stream_samples
 
-pytestmark = pytest.mark.own_cluster
+pytestmark = pytest.mark.ray
 
 WATCH = Path(__file__).with_name("watch.py")
 PATIENCE_S = 300

@@ -19,7 +19,7 @@ from goal_ray.scenes.run import SceneSettings, draw_scenes
 from goal_ray.storage import list_names, read_bytes, write_bytes
 from goal_ray.train.recorder import read_records
 
-pytestmark = [pytest.mark.own_cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 PATIENCE_S = 400
 TARS, SAMPLES = 12, 8

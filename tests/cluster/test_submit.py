@@ -20,7 +20,7 @@ from fake_cluster import BIN, ROOT, end_with_children, free_port
 from goal_ray.demo.run import HERE as DEMO
 from goal_ray.scenes.run import SceneSettings, draw_scenes
 
-pytestmark = pytest.mark.own_cluster
+pytestmark = pytest.mark.ray
 
 
 @dataclass(frozen=True)

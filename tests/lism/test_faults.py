@@ -21,7 +21,7 @@ from goal_ray.lism.config import LismConfig
 from goal_ray.lism.run import run_lism
 from goal_ray.storage import list_names, read_bytes, write_bytes
 
-pytestmark = pytest.mark.own_cluster
+pytestmark = pytest.mark.ray
 
 TARS, SAMPLES = 16, 6
 DEADLY_TAR, DEADLY_KEY = "t3.tar", "04"

@@ -12,7 +12,7 @@ from odd_tars import picture, write_members
 
 from goal_ray.lism.output import OutputFolder, ShardCounts
 
-pytestmark = pytest.mark.own_cluster
+pytestmark = pytest.mark.ray
 
 HERE = Path(__file__).parent
 SIZE = (1000, 800)

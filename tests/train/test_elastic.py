@@ -15,7 +15,7 @@ from goal_ray.model import ModelConfig
 from goal_ray.train.config import DataConfig, OptimizerConfig, TrainConfig
 from goal_ray.train.recorder import read_records
 
-pytestmark = pytest.mark.own_cluster
+pytestmark = pytest.mark.ray
 
 STEPS = 40
 

@@ -14,7 +14,7 @@ from goal_ray.tars import stream_samples
 from goal_ray.train.ingest_benchmark import UsualPreparation, cpu_seconds, function_batches, main
 from goal_ray.train.photo_tars import write_photo_tars
 
-pytestmark = pytest.mark.own_cluster
+pytestmark = pytest.mark.ray
 
 WORDS = ["the", "of", "photograph", "umbrella", "stones"]
 

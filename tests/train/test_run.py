@@ -28,7 +28,7 @@ from goal_ray.train.config import DataConfig, EvaluationConfig, OptimizerConfig,
 from goal_ray.train.recorder import read_records
 from goal_ray.train.run import train
 
-pytestmark = pytest.mark.own_cluster
+pytestmark = pytest.mark.ray
 
 UNREADABLE = ["0-3", "1-5"]
 STEPS, SAVED, KILLED = 24, 5, 7
