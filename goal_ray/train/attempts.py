@@ -23,6 +23,7 @@ from goal_ray.train.worker import worker_entry
 Ending = Literal["finished", "early", "interrupted", "preempted", "resized"]
 POLL_S = 0.5
 LOOK_AROUND_S = 5.0
+SCRAPED_S = 25.0  # Ray's agents hand metrics on every 10 s, Prometheus asks for them every 10 s
 GROW_AFTER_S = 30.0
 INGEST = {"CPU": 1.0}
 
@@ -54,6 +55,7 @@ class Attempts:
         self.looked_around = 0.0
         self.room_since: float | None = None
         self.newest_saved = -1
+        self.nonfinite = False
 
     def run(self, resume_from: Path | None) -> Ending:
         """Trains to the end, or until early stopping or an interruption. Raises what no new attempt can mend."""
@@ -72,6 +74,8 @@ class Attempts:
                 own = own_error(error, self.run_dir)
                 failures = 1 if self.newest_saved > first_step else failures + 1
                 if isinstance(own, GoalRayError) and not isinstance(own, WorkerDied):
+                    if self.nonfinite and is_joined():
+                        time.sleep(SCRAPED_S)  # or the alert would never see why the run ended
                     raise own from error
                 if not isinstance(own, WorkerDied | RuntimeError) or failures > self.config.max_failures:
                     raise own from error
@@ -165,6 +169,7 @@ class Attempts:
             self.nodes.add(record["node"])
         elif "nonfinite" in record:
             self.recorder.prometheus.count("nonfinite_losses")
+            self.nonfinite = True
             event("train", str(self.run_dir), "loss is not finite", logging.ERROR, step=record["nonfinite"])
         elif "device" in record:
             self.recorder.describe(record)
