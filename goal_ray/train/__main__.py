@@ -23,8 +23,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     example = "goal-ray train configs/docci_vit_b16.yaml data.shards=paired/ workers=4"
     command = parser("train", DESCRIPTION, example, {"CONFIG": "YAML file with the settings below"}, TrainConfig)
     command.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
+    command.add_argument(
+        "--resume-if-exists",
+        action="store_true",
+        help="the same where the run exists, else start it: for jobs that retry",
+    )
     options = command.parse_intermixed_args(arguments)
-    result = train(load_config(TrainConfig, options.config, options.settings), resume=options.resume)
+    resume = None if options.resume_if_exists else options.resume
+    result = train(load_config(TrainConfig, options.config, options.settings), resume)
     best = "" if result.best_step is None else f", as of step {result.best_step}, the best"
     print(f"trained {result.steps} steps in {result.seconds:.0f} s; model: {result.model_dir}{best}")
     print(f"cost: {result.cost}")

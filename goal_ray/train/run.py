@@ -85,8 +85,10 @@ class TrainResult:
     best_step: int | None = None
 
 
-def train(config: TrainConfig, resume: bool = False) -> TrainResult:
+def train(config: TrainConfig, resume: bool | None = False) -> TrainResult:
     """Runs (or goes on with) a training run. Raises GoalRayError before any work for settings that cannot run.
+
+    resume  whether the run is to go on; None: if it exists
 
     SIGTERM makes it save a checkpoint and end with a StageError that says how to go on.
     """
@@ -103,6 +105,7 @@ def train(config: TrainConfig, resume: bool = False) -> TrainResult:
     if held_out is not None:
         expand_shards(held_out)
     run_dir = Path(config.storage_path).absolute() / config.name
+    resume = (run_dir / CONFIG_FILE).exists() if resume is None else resume
     check_run(run_dir, config, resume)
     busy_cpus = config.max_workers + (config.evaluation.cpus if held_out else 0)
     with ProgressLine(config.name) as line:

@@ -1,0 +1,108 @@
+"""What stands in several files is the same in all of them."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from manifests import CLUSTER, KUBERNETES, LAUNCHER, ROOT, cluster_specs, written
+
+from goal_ray import __version__
+from goal_ray.config import load_config
+from goal_ray.lism.config import LismConfig
+from goal_ray.train.config import TrainConfig
+
+FILES = [
+    path
+    for path in sorted(CLUSTER.rglob("*"))
+    if path.is_file() and (path.suffix in (".yaml", ".md", ".json") or path.name == "Dockerfile")
+]
+IMAGE = "registry.example.com/goal-ray"
+CONFIGS = {"goal_ray.lism": LismConfig, "goal_ray.train": TrainConfig}
+HADOLINT = Path(sys.executable).with_name("hadolint")
+
+
+def locked(package: str) -> str:
+    lock = (ROOT / "requirements.lock").read_text()
+    return re.search(rf"^{package}==(\S+)$", lock, re.MULTILINE)[1]
+
+
+def test_kuberay_runs_the_ray_of_the_lock():
+    versions = {spec["rayVersion"] for thing in written() for spec in cluster_specs(thing)}
+    assert versions == {locked("ray")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(CLUSTER)) for path in FILES])
+def test_every_file_names_the_same_image_and_the_package_s_version(path):
+    text = path.read_text()
+    assert {tag.removesuffix("-cpu") for tag in re.findall(rf"{IMAGE}:([\w.-]+)", text)} <= {__version__}
+    assert {tag.removesuffix("-cpu") for tag in re.findall(r"newTag: (\S+)", text)} <= {__version__}
+    assert set(re.findall(r"newName: (\S+)", text)) <= {IMAGE}
+    assert set(re.findall(r'image\.version="(.*)"', text)) <= {__version__}
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(CLUSTER)) for path in FILES])
+def test_the_ports_are_the_same_everywhere(path):
+    text = path.read_text()
+    assert set(re.findall(r"metrics-export-port[=: \"]+(\d+)", text)) <= {"8080"}
+    assert set(re.findall(r"prometheus.io/port: \"(\d+)\"", text)) <= {"8080"}
+    assert set(re.findall(r"containerPort: (\d+), name: metrics", text)) <= {"8080"}
+    assert set(re.findall(r"--port=(\d+)|RAY_HEAD_IP:(\d+)", text)) <= {("6379", ""), ("", "6379")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(CLUSTER)) for path in FILES])
+def test_no_file_holds_a_secret(path):
+    text = path.read_text()
+    assert re.findall(r"\b[0-9a-f]{32,}\b|\bAKIA[0-9A-Z]{16}\b|BEGIN [A-Z ]*PRIVATE KEY", text) == []
+    assert re.findall(r"RAY_AUTH_TOKEN[=:]\s*[\"']?\w{8,}", text) == []
+
+
+@pytest.mark.parametrize("thing", [t for t in written() if t["kind"] == "RayJob"], ids=lambda t: t["metadata"]["name"])
+def test_the_commands_of_jobs_are_ones_that_the_stages_take(thing):
+    python, minus_m, module, *arguments = shlex.split(thing["spec"]["entrypoint"])
+    assert (python, minus_m) == ("python", "-m")
+    configs = [argument for argument in arguments if argument.startswith("configs/")]
+    settings = [argument for argument in arguments if re.match(r"[\w.]+=", argument)]
+    load_config(CONFIGS[module], ROOT / configs[0], settings)
+    yaml.safe_load(thing["spec"]["runtimeEnvYAML"])
+
+
+@pytest.mark.parametrize("path", LAUNCHER, ids=[path.stem for path in LAUNCHER])
+def test_groups_have_the_resources_that_jobs_ask_for(path):
+    kinds = yaml.safe_load(path.read_text()).get("available_node_types", {})
+    offered = {name for kind in kinds.values() for name in kind["resources"]}
+    assert not kinds or {"lism", "train"} <= offered
+
+
+def test_kubernetes_offers_the_resources_that_jobs_ask_for():
+    text = (KUBERNETES / "base" / "raycluster.yaml").read_text()
+    asked = {
+        name
+        for job in written()
+        if job["kind"] == "RayJob"
+        for name in re.findall(r"\{(\w+): 1\}", job["spec"]["entrypoint"])
+    }
+    assert asked == {"lism", "train"} == set(re.findall(r'\{\\"(\w+)\\": \d+\}', text))
+
+
+def test_the_dockerfile_is_clean():
+    found = subprocess.run([HADOLINT, CLUSTER / "Dockerfile"], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout) == (0, "")
+
+
+def test_a_dockerfile_with_a_mistake_is_not_clean(tmp_path):
+    text = (CLUSTER / "Dockerfile").read_text().replace("# hadolint ignore", "# ignored no more")
+    (tmp_path / "Dockerfile").write_text(text)
+    found = subprocess.run([HADOLINT, tmp_path / "Dockerfile"], capture_output=True, text=True, check=False)
+    assert "DL3008" in found.stdout
+
+
+def test_the_image_holds_what_the_dockerfile_copies():
+    copied = re.findall(r"^COPY (?!--from)(?:--\S+ )*(.+) \S+$", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE)
+    kept = (ROOT / ".dockerignore").read_text().splitlines()
+    for name in " ".join(copied).split():
+        assert (ROOT / name).exists(), name
+        assert f"!{name.split('/')[0]}" in kept, name
