@@ -9,7 +9,7 @@ import io
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import IO, Literal, Self
 
@@ -31,30 +31,43 @@ from goal_ray.storage import (
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 CAPTION_EXTENSION = "txt"
 PAIRS_EXTENSION = "pairs.json"
+LARGEST_MEMBER_BYTES = 2**30
 
 
 @dataclass(frozen=True)
 class Sample:
     """One sample, its members in memory: `members` maps a lower-case extension to the bytes.
 
-    `repeated` names extensions that stand more than once under the key; such a sample is ambiguous.
+    `repeated` names extensions that stand more than once under the key; such a sample is ambiguous. `too_large` names
+    those of more than LARGEST_MEMBER_BYTES, which were not read.
     """
 
     key: str
     members: dict[str, bytes]
     repeated: tuple[str, ...] = ()
+    too_large: tuple[str, ...] = ()
 
     def with_member(self, extension: str, data: bytes) -> "Sample":
         """This sample and one more member."""
         again = (extension,) if extension in self.members else ()
-        return Sample(self.key, {**self.members, extension: data}, (*self.repeated, *again))
+        return replace(self, members={**self.members, extension: data}, repeated=(*self.repeated, *again))
+
+    def check_sizes(self) -> None:
+        """Raises ShardError where a member is too large to be read."""
+        if self.too_large:
+            name = self.too_large[0]
+            raise ShardError(
+                f"sample {self.key!r}: member .{name} has more than {LARGEST_MEMBER_BYTES} bytes; leave it out"
+            )
 
     def image_bytes(self) -> bytes:
         """The encoded picture. Raises ShardError unless exactly one picture is there."""
+        self.check_sizes()
         return self.members[image_extension(self.key, self.members, self.repeated)]
 
     def caption(self) -> str:
         """The caption, exactly as stored. Raises CaptionError if missing, empty or not UTF-8."""
+        self.check_sizes()
         if CAPTION_EXTENSION not in self.members:
             raise CaptionError(f"sample {self.key!r} has no .txt caption (members: {sorted(self.members)}); add one")
         if CAPTION_EXTENSION in self.repeated:
@@ -222,6 +235,9 @@ def stream_samples(url: str, wanted: Callable[[int], bool] = lambda number: True
                     if not reading:
                         continue
                     assert current is not None
+                    if member.info.size > LARGEST_MEMBER_BYTES:
+                        current = replace(current, too_large=(*current.too_large, member.extension))
+                        continue
                     current = current.with_member(member.extension, read_member(tar, member.info))
         # tarfile lets the ValueError of a senseless number in an extended header through.
         except (tarfile.TarError, EOFError, ValueError) as error:

@@ -9,6 +9,7 @@ import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 
+from goal_ray import tars
 from goal_ray.errors import CaptionError, ShardError
 from goal_ray.tars import (
     Sample,
@@ -187,3 +188,15 @@ def test_a_brace_pattern_of_very_many_shards_finds_them_all_or_names_the_missing
     assert len(expand_shards(str(tmp_path / "t-{000..149}.tar"))) == 150
     with pytest.raises(ShardError, match=r"t-150\.tar: no such file"):
         expand_shards(str(tmp_path / "t-{000..150}.tar"))
+
+
+def test_a_member_that_is_too_large_is_not_read_and_its_sample_refused(tmp_path, monkeypatch):
+    samples = [("a", {"jpg": b"p" * 101, "txt": b"A."}), ("b", {"jpg": b"p" * 100, "txt": b"B."})]
+    write_tar(str(tmp_path / "x.tar"), iter(samples))
+    monkeypatch.setattr(tars, "LARGEST_MEMBER_BYTES", 100)
+    large, usable = stream_samples(str(tmp_path / "x.tar"))
+    assert "jpg" not in large.members
+    for member in (large.image_bytes, large.caption):
+        with pytest.raises(ShardError, match=r"'a': member \.jpg has more than 100 bytes"):
+            member()
+    assert usable.image_bytes() == b"p" * 100

@@ -15,6 +15,7 @@ from goal_ray.storage import read_range
 from goal_ray.tars import (
     CAPTION_EXTENSION,
     IMAGE_EXTENSIONS,
+    LARGEST_MEMBER_BYTES,
     PAIRS_EXTENSION,
     Sample,
     SampleIndex,
@@ -82,6 +83,9 @@ def needed_members(sample: SampleIndex, needs_pairs: bool) -> tuple[str, str, st
         if extension not in sample.members or extension in sample.repeated:
             remedy = "; run `goal-ray lism` on these shards" if extension == PAIRS_EXTENSION else ""
             raise ShardError(f"sample {sample.key!r} needs exactly one .{extension} member{remedy}")
+    for extension in (picture, CAPTION_EXTENSION, PAIRS_EXTENSION):
+        if sample.members.get(extension, (0, 0))[1] > LARGEST_MEMBER_BYTES:
+            raise ShardError(f"sample {sample.key!r}: member .{extension} has more than {LARGEST_MEMBER_BYTES} bytes")
     return picture, CAPTION_EXTENSION, PAIRS_EXTENSION
 
 

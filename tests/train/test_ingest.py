@@ -14,7 +14,7 @@ from goal_ray.losses import LossConfig
 from goal_ray.model import ModelConfig, load_model
 from goal_ray.order import BatchOrder
 from goal_ray.tars import expand_shards, write_tar
-from goal_ray.train import ingest
+from goal_ray.train import ingest, scan
 from goal_ray.train.config import DataConfig, TrainConfig
 from goal_ray.train.ingest import BatchReader, stream_batches
 from goal_ray.train.loop import build_examples
@@ -56,10 +56,10 @@ def test_a_stream_is_the_reader_s_batches_byte_for_byte_whoever_found_the_sample
     monkeypatch.setattr(ingest, "SAMPLES_PER_TASK", 3 * BATCH)  # 3 micro-batches a task, so that the last has only 2
     folder = write_shards(tmp_path)
     alone = make_reader(folder, tiny_clip)
-    scan = index_shards(alone.urls, needs_pairs=True)
-    shared = replace(alone, indexes=scan.indexes)
+    found = index_shards(alone.urls, needs_pairs=True)
+    shared = replace(alone, indexes=found.indexes)
     expected = [alone({"id": number})["batch"] for number in range(2, 13)]
-    assert list(scan.counts) == [20, 17]
+    assert list(found.counts) == [20, 17]
     for reader in (alone, shared):
         assert read(reader, 2, 13) == expected
 
@@ -141,17 +141,17 @@ def test_unreadable_samples_are_left_out_of_their_batch_and_named(tmp_path, tiny
 def test_the_scan_counts_usable_samples_and_names_the_others(tmp_path):
     folder = write_shards(tmp_path / "shards", (3,))
     write_tar(str(folder / "train-1.tar"), iter([("no-picture", {"txt": b"A cat."}), ("no-text", {"png": b"..."})]))
-    scan = index_shards(expand_shards(str(folder)), needs_pairs=False)
-    assert scan.counts == [3, 0]
-    assert [record["key"] for record in scan.bad] == ["no-picture", "no-text"]
+    found = index_shards(expand_shards(str(folder)), needs_pairs=False)
+    assert found.counts == [3, 0]
+    assert [record["key"] for record in found.bad] == ["no-picture", "no-text"]
 
 
 @pytest.mark.usefixtures("cluster")
 def test_the_scan_of_unpaired_shards_says_to_run_lism(tmp_path):
-    scan = index_shards(expand_shards(str(write_shards(tmp_path, (3,), without="pairs.json"))), needs_pairs=True)
-    assert scan.counts == [0]
-    assert len(scan.bad) == 3
-    assert all("goal-ray lism" in record["reason"] for record in scan.bad)
+    found = index_shards(expand_shards(str(write_shards(tmp_path, (3,), without="pairs.json"))), needs_pairs=True)
+    assert found.counts == [0]
+    assert len(found.bad) == 3
+    assert all("goal-ray lism" in record["reason"] for record in found.bad)
 
 
 @pytest.mark.usefixtures("cluster")
@@ -161,3 +161,13 @@ def test_a_truncated_tar_is_refused(tmp_path):
     tar.write_bytes(tar.read_bytes()[:-3000])
     with pytest.raises(ShardError, match=r"train-1\.tar: corrupt or truncated tar"):
         index_shards(expand_shards(str(folder)), needs_pairs=True)
+
+
+def test_the_scan_leaves_out_a_sample_with_a_member_that_is_too_large(tmp_path, monkeypatch):
+    write_tar(
+        str(tmp_path / "x.tar"), iter([("a", {"jpg": b"p" * 101, "txt": b"A."}), ("b", {"jpg": b"p", "txt": b"B."})])
+    )
+    monkeypatch.setattr(scan, "LARGEST_MEMBER_BYTES", 100)
+    index = scan_shard(str(tmp_path / "x.tar"), needs_pairs=False)
+    assert [index.key(number) for number in range(len(index))] == ["b"]
+    assert [record["key"] for record in index.bad] == ["a"]
