@@ -57,7 +57,7 @@ def undisturbed(request, tmp_path_factory, tiny_clip):
         log_every=1,
         storage_path=str(folder / "runs"),
     )
-    return config, train(config)
+    return config, train(config, resume=None)  # there is none: it starts
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def resumed(undisturbed, tmp_path_factory):
     killed = shutil.copytree(result.run_dir, Path(config.storage_path) / config.name, ignore=ignored)
     lines = (result.run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
     (killed / "metrics.jsonl").write_text("".join(lines[:KILLED]) + lines[KILLED][:50])
-    return train(config, resume=True)
+    return train(config, resume=None)  # there is one: it goes on
 
 
 def test_a_resumed_run_goes_on_in_the_middle_of_an_epoch_as_if_never_stopped(resumed, metrics):
