@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from goal_ray.events import event
+from goal_ray.events import event, wants_json
 from goal_ray.train.cost import Cost
 from goal_ray.train.loggers import Logger
 from goal_ray.train.metrics import Metrics
@@ -27,7 +27,10 @@ class ProgressLine(tqdm):
     def __init__(self, name: str):
         self.live = sys.stderr.isatty()
         interval_s = 0.1 if self.live else 10.0  # a log file needs no animation
-        super().__init__(desc=f"train {name}", unit="step", dynamic_ncols=True, mininterval=interval_s)
+        # A bar between JSON lines would break them.
+        super().__init__(
+            desc=f"train {name}", unit="step", dynamic_ncols=True, mininterval=interval_s, disable=wants_json()
+        )
 
     def begin(self, first_step: int, total_steps: int) -> None:
         """Sets where the line starts and ends."""
@@ -101,6 +104,8 @@ class RunRecorder:
         assert self.metrics is not None
         self.metrics.write(json.dumps(record) + "\n")
         self.metrics.flush()
+        shown = {name: record[name] for name in ("step", "total_steps", "loss", "images_per_s", "data_wait_share")}
+        event("train", str(self.run_dir), "trained", **shown)
         curves = {f"train/{name}": value for name, value in record.items() if name not in NO_CURVE}
         self.draw(record["step"], {name: value for name, value in curves.items() if value is not None})
         self.line.set_postfix_str(describe_step(record), refresh=False)

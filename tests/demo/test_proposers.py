@@ -9,6 +9,7 @@ from goal_ray.demo.proposers import main
 from goal_ray.scenes.run import SceneSettings, draw_scenes
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_every_proposer_gets_a_row_with_its_accuracy_and_its_speed(tiny_clip, tmp_path, capsys):
     draw_scenes(tmp_path / "scenes", 3, 0, SceneSettings(size=64))

@@ -214,6 +214,7 @@ def test_a_run_after_losses_gives_the_same_bytes_with_any_number_of_actors(mixed
     assert changed == {"cut.tar", "done/cut.tar.json", "quarantine/cut.tar.jsonl"}
 
 
+@pytest.mark.slow
 def test_both_models_in_one_actor_give_the_same_bytes(mixed, tiny_clip, tmp_path):
     run_lism(str(mixed.source), str(tmp_path), settings(tiny_clip, "max_bad_share=1", "fused=true"))
     assert outputs(tmp_path) == outputs(mixed.target)

@@ -222,6 +222,7 @@ def test_a_signalled_run_saves_ends_and_goes_on_past_a_damaged_checkpoint(undist
     assert_same_curve(run_dir, metrics)
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_exported_and_a_run_that_no_longer_gets_better_ends(undisturbed, tmp_path):
     config, _ = undisturbed
     held_out = str(write_shards(tmp_path / "held-out", (9,)))
@@ -272,6 +273,7 @@ def test_resuming_a_finished_run_changes_nothing(undisturbed):
     assert (result.run_dir / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_too_many_unreadable_samples_stop_the_run_with_their_names(undisturbed, tmp_path):
     config, _ = undisturbed
     data = replace(config.data, max_bad_share=0.0)
@@ -282,6 +284,7 @@ def test_too_many_unreadable_samples_stop_the_run_with_their_names(undisturbed, 
     assert {record["key"] for record in records} == set(UNREADABLE)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_the_command_shows_one_progress_line_and_where_the_model_is(tmp_path, tiny_clip):
     import ray
