@@ -159,7 +159,8 @@ def test_lism_outlives_a_node(fake, scenes, tars, tiny_clip, tmp_path):
     node_with(fake, "StageActor").kill()
     done = len(lism.tars())
     print(f"\nLISM, a node killed: the next tar after {lism.wait(driver, done + 1):.1f} s")
-    finish(driver)
+    with stopwatch("and from then on, with what the dead node had in hand"):
+        finish(driver)
     assert lism.tars() == tars
 
 
@@ -225,8 +226,9 @@ def test_a_training_outlives_a_node(fake, paired, losses, tiny_clip, tmp_path):
     training.wait(driver, 2 * SAVED + 2)
     node_with(fake, "RayTrainWorker").kill()
     reached = len(training.losses())
-    time.sleep(1)  # what was on its way
-    print(f"\ntraining, a node killed: the next new step after {training.wait(driver, reached + 2):.1f} s")
+    rewound = wait_for(driver, lambda: len(training.losses()) < reached)
+    again = training.wait(driver, reached + 2)
+    print(f"\ntraining, a node killed: noticed after {rewound:.1f} s, where it had been after {again:.1f} s more")
     said = finish(driver)
     assert "restart 1 of" in said
     assert training.losses() == losses
