@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-without-ray test-with-ray test-all chaos lint format lock clean
+.PHONY: help setup demo test test-all chaos lint format lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -21,13 +21,8 @@ $(READY): requirements.lock pyproject.toml
 demo: $(READY) ## run every stage on drawn scenes; writes demo/
 	$(BIN)/goal-ray demo
 
-test: $(READY) ## the test suite, tests with Ray beside the others (under 15 minutes on 2 cores)
-	$(MAKE) --no-print-directory --jobs=2 test-without-ray test-with-ray
-
-test-without-ray: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not ray"
-
-test-with-ray: $(READY)
+test: $(READY) ## the test suite, tests with Ray after the others (some 20 minutes on 2 cores)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not ray"
 	$(BIN)/python -m pytest -m "not slow and ray"
 
 test-all: $(READY) ## also the tests that take minutes each

@@ -66,12 +66,14 @@ def retried(cluster, tiny_clip, tmp_path_factory):  # noqa: ARG001
     return SimpleNamespace(folder=folder, before=before, after=after, at_once=lism("fresh", "max_pixels=1000000"))
 
 
+@pytest.mark.slow
 def test_a_sample_that_is_usable_now_joins_the_others_in_its_place(retried):
     assert list(retried.before.tars["mixed.tar"]) == ["a", "b", "c"]
     assert list(retried.after.tars["mixed.tar"]) == ["a", "large", "b", "c"]
     assert retried.after.tars["mixed.tar"]["large"] == retried.at_once.tars["mixed.tar"]["large"]
 
 
+@pytest.mark.slow
 def test_pairs_that_were_there_stay_and_say_with_which_limits_they_were_made(retried):
     before, after = retried.before.tars["mixed.tar"], retried.after.tars["mixed.tar"]
     assert {key: after[key] for key in before} == before
@@ -79,21 +81,25 @@ def test_pairs_that_were_there_stay_and_say_with_which_limits_they_were_made(ret
     assert limits == {"a": 10000, "large": 1000000, "b": 10000, "c": 10000}
 
 
+@pytest.mark.slow
 def test_a_sample_that_is_still_bad_stays_in_the_quarantine(retried):
     assert [(bad["number"], bad["key"]) for bad in retried.before.bad["mixed.tar"]] == [(1, "large"), (3, "broken")]
     assert [(bad["number"], bad["key"]) for bad in retried.after.bad["mixed.tar"]] == [(3, "broken")]
     assert retried.after.bad == retried.at_once.bad
 
 
+@pytest.mark.slow
 def test_a_shard_without_quarantined_samples_is_not_touched(retried):
     assert retried.before.times["fine.tar"] == retried.after.times["fine.tar"]
 
 
+@pytest.mark.slow
 def test_a_shard_of_which_nothing_was_usable_gets_its_tar(retried):
     assert "none.tar" not in retried.before.tars
     assert set(retried.after.tars) == set(retried.at_once.tars)
 
 
+@pytest.mark.slow
 def test_the_summary_is_that_of_a_run_at_once(retried):
     for name in ("samples", "paired", "quarantined", "sentences", "similarity_histogram", "reasons", "first_bad"):
         assert retried.after.summary[name] == retried.at_once.summary[name]
