@@ -1,7 +1,8 @@
 """What happens in a run, for log collectors: one record each through Python's logging, with run, stage and shard.
 
 With GOAL_RAY_LOG=json in its environment a stage writes them, and all other log records of its driver and workers, as
-JSON lines to stderr, where Ray adds job, node, worker and task. Without it only warnings appear, as text.
+JSON lines to stderr, where Ray adds job, node, worker and task. Without it there are none: the progress line and the
+messages around it say the same to people.
 """
 
 import logging
@@ -15,9 +16,10 @@ def wants_json() -> bool:
 
 
 def event(stage: str, run: str, message: str, level: int = logging.INFO, **fields: Any) -> None:
-    """Logs what happened.
+    """Logs what happened, where log records are wanted.
 
     run     the output folder of LISM, the run folder of a training
     fields  `shard`, `step` and whatever else belongs to it; plain values
     """
-    logging.getLogger(f"goal_ray.{stage}").log(level, message, extra={"run": run, "stage": stage, **fields})
+    if wants_json():
+        logging.getLogger(f"goal_ray.{stage}").log(level, message, extra={"run": run, "stage": stage, **fields})

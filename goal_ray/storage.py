@@ -1,7 +1,8 @@
 """Files on any storage fsspec reaches. A file written here is visible only when complete.
 
-A remote storage that fails for a while is asked again, for GOAL_RAY_STORAGE_PATIENCE_S seconds (600) each time. What
-fails for good (no such file, no rights, no room) is raised at once.
+A storage that fails for a while is asked again, for GOAL_RAY_STORAGE_PATIENCE_S seconds (600) each time: a remote one
+for everything, a local one for whole files that are written. What fails for good (no such file, no rights, no room) is
+raised at once.
 """
 
 import errno
@@ -273,7 +274,7 @@ def exists(url: str) -> bool:
 
 
 def kind(url: str) -> str | None:
-    """ "file", "directory", another kind of thing, or None where nothing is there."""
+    """What an address is: "file", "directory" or another kind of thing; None where nothing is there."""
     fs, path = file_system(url)
     try:
         # Not fsspec's `exists`, to which a storage that fails is an empty one.

@@ -107,11 +107,14 @@ def choose_gpu(config: LismConfig) -> bool:
     actors = config.least_actors
     reading = 1
     needed = {"GPU": actors * config.gpus_per_actor, "CPU": reading} if on_gpu else {"CPU": actors + reading}
+    needed |= {name: actors * amount for name, amount in config.actor_resources.items()}
     for name, amount in needed.items():
         if have.get(name, 0) < amount:
             problem = f"{actors} actors and reading need {amount:g} {name}s, and the cluster has {have.get(name, 0):g}"
             if not is_joined():
-                raise StageError(f"{problem}; change proposer_actors, matcher_actors, gpus_per_actor or device")
+                raise StageError(
+                    f"{problem}; change actor_resources, proposer_actors, matcher_actors, gpus_per_actor or device"
+                )
             print(f"waiting for the cluster to grow: {problem}", file=sys.stderr)
     return on_gpu
 

@@ -1,7 +1,7 @@
 """Prometheus metrics of a training run, through Ray: every node's agent serves them at its metrics export port.
 
 Prometheus shows them with Ray's prefix, and counters with an ending: `ray_goal_ray_train_images_total`. Each has the
-tag `run`, the run's folder. They are written by the driver, at every log line:
+tag `run`, the run's folder. The driver sets them at every log line, and gauges again every few seconds:
 
     goal_ray_train_step               optimizer steps done (a gauge)
     goal_ray_train_loss               the loss of the last log line (a gauge), and so its terms: ..._loss_global, ...

@@ -276,6 +276,14 @@ def test_gpus_that_the_cluster_lacks_are_refused(tiny_clip, tmp_path):
         run_lism(str(tmp_path / "a.tar"), str(tmp_path / "out"), config)
 
 
+@pytest.mark.usefixtures("cluster")
+def test_custom_resources_that_a_private_cluster_lacks_are_refused(tiny_clip, tmp_path):
+    write_members(tmp_path / "a.tar", good("x"))
+    config = settings(tiny_clip, "actor_resources={lism: 1}")
+    with pytest.raises(StageError, match=r"need 2 lisms, and the cluster has 0; change actor_resources"):
+        run_lism(str(tmp_path / "a.tar"), str(tmp_path / "out"), config)
+
+
 @pytest.fixture
 def no_ray(monkeypatch):
     """Any import of Ray fails."""
