@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow
 import torch
+from PIL import Image
 from safetensors.numpy import load, save
 
 from goal_ray.errors import ShardError
 from goal_ray.geometry import PixelGeometry, View, outer_box
-from goal_ray.images import open_picture, pixels_CHW
+from goal_ray.images import open_picture
 from goal_ray.losses import GoalBatch
 from goal_ray.pairs import PairRecord, best_pairs
 from goal_ray.tars import PAIRS_EXTENSION, Sample
@@ -148,3 +150,16 @@ def pack(arrays: dict[str, np.ndarray]) -> bytes:
 def unpack(data: bytes, device: str | torch.device = "cpu") -> GoalBatch:
     """The batch of `pack`, on a device."""
     return GoalBatch(**{name: torch.from_numpy(array).to(device) for name, array in load(data).items()})
+
+
+def pixels_CHW(image: Image.Image) -> torch.Tensor:
+    """The pixels of an RGB picture, uint8 (C, H, W), to be read only, each pixel's channels side by side in memory.
+
+    The first three channels are red, green and blue. PIL keeps an unused byte behind them, which comes along as a
+    fourth channel where that saves a copy.
+    """
+    try:
+        flat = torch.from_dlpack(pyarrow.array(image).flatten())
+    except ValueError:  # PIL cuts large pictures into several blocks of memory, and Pillow < 11.3 shows none of them
+        flat = torch.from_numpy(np.array(image))
+    return flat.view(image.height, image.width, -1).permute(2, 0, 1)

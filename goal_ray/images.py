@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow
-import torch
 from PIL import ExifTags, Image
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
@@ -146,19 +144,6 @@ def decoding(name: str, data_bytes: int) -> Iterator[None]:
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise ImageError(f"damaged or truncated {name} ({data_bytes} bytes): {reason}; store it again") from error
-
-
-def pixels_CHW(image: Image.Image) -> torch.Tensor:
-    """The pixels of an RGB picture, uint8 (C, H, W), to be read only, each pixel's channels side by side in memory.
-
-    The first three channels are red, green and blue. PIL keeps an unused byte behind them, which comes along as a
-    fourth channel where that saves a copy.
-    """
-    try:
-        flat = torch.from_dlpack(pyarrow.array(image).flatten())
-    except ValueError:  # PIL cuts large pictures into several blocks of memory, and Pillow < 11.3 shows none of them
-        flat = torch.from_numpy(np.array(image))
-    return flat.view(image.height, image.width, -1).permute(2, 0, 1)
 
 
 def scans(data: bytes) -> int:

@@ -20,30 +20,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from goal_ray.config import strict
 from goal_ray.errors import ConfigError, ModelError
+from goal_ray.model_config import ModelConfig
 from goal_ray.weights import create_model, empty_model, is_hf_folder, load_hf_folder
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 KEPT_POSITIONS = 20
-
-
-@strict
-@dataclass(frozen=True)
-class ModelConfig:
-    """Which CLIP, and from which weights.
-
-    name: an open_clip architecture (ViT-B-16), a .json file with one, or a folder that goal_ray, open_clip or
-        transformers (CLIPModel) saved; a folder's weights are then the start
-    weights: an open_clip pretrained tag, or a weights file in the layout of open_clip, of Hugging Face's CLIPModel or
-        of OpenAI; empty starts from random weights
-    context_length: text positions after Long-CLIP's stretch (248 for OpenAI's 77); empty leaves the model's own
-    """
-
-    name: str
-    weights: str | None = None
-    context_length: int | None = None
 
 
 class TowerOutput(NamedTuple):

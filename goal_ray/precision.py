@@ -1,13 +1,24 @@
 """The floating-point formats that a frozen model may run in."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Precision = Literal["fp32", "bf16", "fp16"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+def dtype(precision: Precision) -> "torch.dtype":
+    """The format as torch knows it."""
+    import torch
+
+    found: torch.dtype = getattr(torch, NAMES[precision])
+    return found
+
+
+def autocast(device: "torch.device", precision: Precision) -> "torch.autocast":
     """A block in which the model's matrix products run in `precision`; fp32 changes nothing."""
-    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+    import torch
+
+    return torch.autocast(device.type, dtype(precision), enabled=precision != "fp32")

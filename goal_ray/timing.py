@@ -8,13 +8,16 @@ On CUDA the work of a phase is still under way when its block ends. There a mark
 which cost microseconds and are read once, at the end of `measure`. Without `measure` a mark does nothing.
 """
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass
@@ -31,7 +34,8 @@ class _Mark:
         if isinstance(self.began, float):
             assert isinstance(self.ended, float)
             return self.ended - self.began
-        assert isinstance(self.ended, torch.cuda.Event)
+        assert self.ended is not None
+        assert not isinstance(self.ended, float)
         self.ended.synchronize()
         return self.began.elapsed_time(self.ended) / 1000
 
@@ -93,8 +97,11 @@ def timed(phase: str) -> Iterator[None]:
 
 def _now() -> "float | torch.cuda.Event":
     """This moment: of the device's current stream where CUDA is in use, else of the host."""
-    if not torch.cuda.is_initialized():
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+    if "torch" in sys.modules:  # else CUDA is not in use, and this module is no reason to load torch
+        import torch
+
+        if torch.cuda.is_initialized():
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
+    return time.perf_counter()

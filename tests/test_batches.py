@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_images import STORED
 
-from goal_ray.batches import ExampleBuilder, collate, decode_factor, pack, unpack
+from goal_ray.batches import ExampleBuilder, collate, decode_factor, pack, pixels_CHW, unpack
 from goal_ray.errors import CaptionError, ImageError, ShardError
 from goal_ray.geometry import PixelGeometry, ResizeConfig, View, crop_box
 from goal_ray.images import decode_image
-from goal_ray.model import ModelConfig, load_model
+from goal_ray.model import load_model
+from goal_ray.model_config import ModelConfig
 from goal_ray.pairs import Pair, PairRecord, Region
 from goal_ray.tars import Sample
 from goal_ray.text import CaptionEncoder
@@ -204,3 +205,11 @@ def test_photographs_decoded_smaller_look_the_same(encoder, name, factor):
 def test_a_sample_that_breaks_the_contract_is_refused(encoder, changes, error, message):
     with pytest.raises(error, match=message):
         builder(encoder)(sample(**changes), "tar", 0)
+
+
+@pytest.mark.parametrize("size", [(90, 60), (3000, 2000)])  # PIL keeps the larger one in several blocks of memory
+def test_the_tensor_of_a_picture_holds_its_pixels(size):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8))
+    found = pixels_CHW(image)
+    assert found.shape[1:] == size[::-1]
+    assert np.array_equal(found[:3].permute(1, 2, 0).numpy(), np.asarray(image))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from goal_ray.errors import ImageError
-from goal_ray.images import MAX_SCANS, decode_image, format_name, open_picture, pixels_CHW, shrink, upright_size
+from goal_ray.images import MAX_SCANS, decode_image, format_name, open_picture, shrink, upright_size
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 # Upright, so that every flip and turn shows: red | green over blue | white, each 40 × 24 px.
@@ -104,14 +104,6 @@ def test_a_jpeg_decoded_smaller_is_upright_too_and_its_size_is_the_stored_one(or
 @pytest.mark.parametrize("format", ["PNG", "WEBP"])
 def test_other_formats_are_decoded_whole_whatever_is_asked_for(format):
     assert_shows_quadrants(open_picture(encode(PICTURE, format)).decode(4), tolerance=6)
-
-
-@pytest.mark.parametrize("size", [(90, 60), (3000, 2000)])  # PIL keeps the larger one in several blocks of memory
-def test_the_tensor_of_a_picture_holds_its_pixels(size):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8))
-    found = pixels_CHW(image)
-    assert found.shape[1:] == size[::-1]
-    assert np.array_equal(found[:3].permute(1, 2, 0).numpy(), np.asarray(image))
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")

@@ -6,14 +6,8 @@ import torch
 from tiny_architecture import write_architecture
 
 from goal_ray.errors import ModelError
-from goal_ray.model import (
-    ModelConfig,
-    encode_image,
-    encode_text,
-    load_model,
-    save_model,
-    stretch_positions,
-)
+from goal_ray.model import encode_image, encode_text, load_model, save_model, stretch_positions
+from goal_ray.model_config import ModelConfig
 
 VARIANTS = {
     "clip": {},

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
 from goal_ray.errors import ConfigError, ModelError
-from goal_ray.text import CaptionEncoder, pad_batch, split_sentences
+from goal_ray.sentences import split_sentences
+from goal_ray.text import CaptionEncoder, pad_batch
 
 TOKENIZER = open_clip.get_tokenizer("ViT-B-32")
 ENCODER = CaptionEncoder(TOKENIZER)

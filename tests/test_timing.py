@@ -26,7 +26,7 @@ class Clock:
 def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(timing.time, "perf_counter", clock.perf_counter)
-    monkeypatch.setattr(timing.torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     return clock
 
 
@@ -95,8 +95,8 @@ def test_on_cuda_a_phase_has_the_devices_seconds_and_nothing_waits_before_the_en
         def elapsed_time(self, end):
             return 1000 * (end.at - self.at)
 
-    monkeypatch.setattr(timing.torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(timing.torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
     with measure("propose") as seconds:
         for _ in range(2):
             with timed("encode"):

@@ -19,8 +19,8 @@ from goal_ray.images import decode_image, shrink
 from goal_ray.model import usable_device
 from goal_ray.regions import SamConfig
 from goal_ray.regions.sam import SamProposer
-from goal_ray.regions.sam_weights import ADVICE, load_sam
-from goal_ray.regions.weights import find_checkpoint
+from goal_ray.regions.sam_weights import load_sam
+from goal_ray.regions.weights import SAM_ADVICE, find_checkpoint
 
 DESCRIPTION = """Time goal_ray's SAM generator and `segment_anything.SamAutomaticMaskGenerator` side by side, with the
 same weights, settings and pictures, and compare their boxes.
@@ -97,7 +97,7 @@ def generators(config: SamConfig, device: str) -> dict[str, Generator]:
     """The official generator and ours, each with a model of its own."""
     from segment_anything import SamAutomaticMaskGenerator
 
-    path = find_checkpoint(config.checkpoint, ADVICE)
+    path = find_checkpoint(config.checkpoint, SAM_ADVICE)
     official = SamAutomaticMaskGenerator(load_sam(path).to(device), points_per_side=config.points_per_side)
     ours = SamProposer(load_sam(path).to(device), config)
     return {"official": partial(official_boxes, official), "ours": partial(our_boxes, ours)}

@@ -3,19 +3,21 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from goal_ray.lism.config import LismConfig
 from goal_ray.lism.groups import Group, Item, describe
-from goal_ray.lism.matching import Matcher, MatchTask
 from goal_ray.lism.strikes import GROUP_DEATHS, START_DEATHS, AnyStrikes, fatal
 from goal_ray.lism.time_limit import run_within
 from goal_ray.lism.work import Work
 from goal_ray.pairs import Pair, PairRecord, Region
-from goal_ray.regions import usable
+from goal_ray.regions import build_proposer, usable
 from goal_ray.timing import measure
+
+if TYPE_CHECKING:
+    from goal_ray.lism.matching import MatchTask
 
 Stage = Callable[[list[Item]], list[Item]]
 
@@ -105,7 +107,7 @@ class ProposeRegions:
 
     def __init__(self, config: LismConfig, device: str):
         self.limits = config.min_area, config.max_area
-        self.proposer = config.proposer.build(device)
+        self.proposer = build_proposer(config.proposer, device)
 
     def __call__(self, items: list[Item]) -> list[Item]:
         pictures = [item.picture_HW3 for item in items if item.picture_HW3 is not None]
@@ -120,6 +122,9 @@ class MatchSentences:
     """Stage: replaces picture and regions by `record`; all crops and sentences go through the model together."""
 
     def __init__(self, config: LismConfig, provenance: dict[str, Any], device: str):
+        # Here, where the model lives: the driver and the proposers have no use for open_clip.
+        from goal_ray.lism.matching import Matcher
+
         self.provenance = provenance
         self.matcher = Matcher(config.matcher, device)
 
@@ -144,8 +149,10 @@ class MatchSentences:
         return PairRecord(item.size, item.sentences, (whole, *regions), tuple(pairs), self.provenance).to_bytes()
 
 
-def as_task(item: Item) -> MatchTask:
+def as_task(item: Item) -> "MatchTask":
     """What the matcher sees of an item: the whole picture is the first of its candidates."""
+    from goal_ray.lism.matching import MatchTask
+
     assert item.picture_HW3 is not None
     assert item.regions is not None
     height, width = item.picture_HW3.shape[:2]

@@ -1,16 +1,8 @@
-"""Region proposers, all behind one protocol. A further one is a file here and a name in `ProposerConfig`."""
+"""Region proposers, all behind one protocol. A further one is a file here, its settings and a case in `build.py`."""
 
-from typing import Annotated
-
-from pydantic import Field
-
-from goal_ray.regions.detector import DetectorConfig
-from goal_ray.regions.felzenszwalb import FelzenszwalbConfig
-from goal_ray.regions.grid import GridConfig
+from goal_ray.regions.build import build_proposer
+from goal_ray.regions.config import DetectorConfig, FelzenszwalbConfig, GridConfig, ProposerConfig, SamConfig
 from goal_ray.regions.protocol import RegionProposer, Regions, usable
-from goal_ray.regions.sam import SamConfig
-
-ProposerConfig = Annotated[FelzenszwalbConfig | GridConfig | SamConfig | DetectorConfig, Field(discriminator="name")]
 
 __all__ = [
     "DetectorConfig",
@@ -20,5 +12,6 @@ __all__ = [
     "RegionProposer",
     "Regions",
     "SamConfig",
+    "build_proposer",
     "usable",
 ]

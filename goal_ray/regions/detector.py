@@ -1,28 +1,22 @@
 """Regions from an object detector, with a regular division of the image beside it: FAST-GOAL's FLISM."""
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.models import detection, get_model, list_models
+from torchvision.models import get_model
 from torchvision.ops import FrozenBatchNorm2d, nms
 
-from goal_ray.config import strict
 from goal_ray.errors import ModelError
-from goal_ray.precision import Precision, autocast
-from goal_ray.regions.grid import GridConfig, GridProposer
-from goal_ray.regions.protocol import RegionProposer, Regions, all_from
-from goal_ray.regions.weights import check_sum, find_checkpoint, read_state
+from goal_ray.precision import autocast
+from goal_ray.regions.config import DetectorConfig, GridConfig
+from goal_ray.regions.grid import GridProposer
+from goal_ray.regions.protocol import Regions, all_from
+from goal_ray.regions.weights import read_state
 
-DETECTORS = tuple(list_models(module=detection))
-ADVICE = "download weights of this model (torchvision's documentation links them)"
-# torchvision's own checkpoints carry the beginning of their sha256 in the name.
-TORCHVISION_NAME = re.compile(r"-([0-9a-f]{8})\.pth$")
 # torchvision runs these, and only these, without the epsilon of batch normalisation.
 WITHOUT_EPSILON = (
     "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth",
@@ -30,57 +24,6 @@ WITHOUT_EPSILON = (
     "keypointrcnn_resnet50_fpn_coco-fc266e95.pth",
     "retinanet_resnet50_fpn_coco-eeacb38b.pth",
 )
-
-
-@strict
-@dataclass(frozen=True, kw_only=True)
-class DetectorConfig:
-    """An object detector and a regular division of the image: FAST-GOAL's FLISM (arXiv 2605.26615).
-
-    name: detector
-    model: one of torchvision's detection models, such as fasterrcnn_resnet50_fpn_v2
-    checkpoint: its weights, or their file name in the folder GOAL_RAY_WEIGHTS
-    sha256: refuse a checkpoint with another checksum; files named as torchvision names them are checked anyway
-    classes: that the weights know, with the background (COCO: 91, people's keypoints: 2)
-    score_thresh: leave out detections that the model is less sure of; it has a lower threshold of its own
-    box_nms_thresh: of two detections, of whatever class, that overlap more, the surer one stays
-    max_detections: the surest ones
-    levels: cells per side of the regular division, as in grid, with score 0; [] gives detections alone
-    images_per_batch: pictures per forward pass
-    precision: of the forward pass
-    """
-
-    name: Literal["detector"] = "detector"
-    model: str
-    checkpoint: Path
-    sha256: str | None = None
-    classes: int = 91
-    score_thresh: float = 0.3
-    box_nms_thresh: float = 0.7
-    max_detections: int = 100
-    levels: tuple[int, ...] = (2, 3)
-    images_per_batch: int = 8
-    precision: Precision = "fp32"
-
-    def __post_init__(self) -> None:
-        if self.model not in DETECTORS:
-            raise ValueError(f"model must be one of torchvision's detectors: {', '.join(DETECTORS)}")
-        for name, least in {"classes": 2, "max_detections": 1, "images_per_batch": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}")
-        if self.levels:
-            GridConfig(levels=self.levels)  # refuses impossible ones
-
-    def check(self) -> None:
-        """Raises ModelError for a missing checkpoint."""
-        find_checkpoint(self.checkpoint, ADVICE)
-
-    def build(self, device: str = "cpu") -> RegionProposer:
-        """Loads the model. Raises ModelError for a missing, changed or unfitting checkpoint."""
-        path = find_checkpoint(self.checkpoint, ADVICE)
-        named = TORCHVISION_NAME.search(path.name)
-        check_sum(path, self.sha256 or (named[1] if named else None))
-        return DetectorProposer(load_detector(self.model, self.classes, path).to(device), self)
 
 
 class DetectorProposer:

@@ -6,53 +6,19 @@ Sources: Felzenszwalb & Huttenlocher 2004 (superpixels); Uijlings et al. 2013 (m
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
 from scipy import ndimage  # type: ignore[import-untyped]
 
-from goal_ray.config import strict
 from goal_ray.images import shrink
-from goal_ray.regions.protocol import RegionProposer, Regions, all_from
+from goal_ray.regions.config import FelzenszwalbConfig
+from goal_ray.regions.protocol import Regions, all_from
 
 BINS = 8  # of the histogram, per channel
 
 Box = tuple[int, int, int, int]
-
-
-@strict
-@dataclass(frozen=True)
-class FelzenszwalbConfig:
-    """Classical segmentation on the CPU; needs no weights (Felzenszwalb 2004, selective search 2013).
-
-    name: felzenszwalb
-    scale: the larger, the larger and fewer the superpixels
-    sigma: width in pixels of the blur before segmentation
-    min_size: superpixels of fewer pixels join a neighbour
-    side_px: segmentation sees a copy shrunk to this longer side; the settings above count its pixels
-    """
-
-    name: Literal["felzenszwalb"] = "felzenszwalb"
-    scale: float = 100.0
-    sigma: float = 1.0
-    min_size: int = 20
-    side_px: int = 256
-
-    def __post_init__(self) -> None:
-        if self.scale <= 0 or self.sigma < 0:
-            raise ValueError("scale must be positive and sigma not negative")
-        for name in ("min_size", "side_px"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1")
-
-    def check(self) -> None:
-        """Nothing is needed."""
-
-    def build(self, device: str = "cpu") -> RegionProposer:  # noqa: ARG002 (every config's build takes a device)
-        """The proposer; it runs on the CPU whatever the device."""
-        return FelzenszwalbProposer(self)
 
 
 class FelzenszwalbProposer:

@@ -1,41 +1,11 @@
 """Regions without looking: a regular division of the image, FAST-GOAL's replacement for a segmenter."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-from goal_ray.config import strict
-from goal_ray.regions.protocol import RegionProposer, Regions, all_from
-
-
-@strict
-@dataclass(frozen=True)
-class GridConfig:
-    """A regular division of the image; needs no weights (FAST-GOAL, arXiv 2605.26615).
-
-    name: grid
-    levels: cells per side; [2, 3] gives 2×2 and 3×3 cells
-    overlap: share of a cell's side that it has in common with the next cell
-    """
-
-    name: Literal["grid"] = "grid"
-    levels: tuple[int, ...] = (2, 3)
-    overlap: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not self.levels or min(self.levels) < 2:
-            raise ValueError("levels must be one or more numbers of at least 2; the whole image is matched anyway")
-        if not 0 <= self.overlap < 1:
-            raise ValueError(f"overlap must be in [0, 1), not {self.overlap}")
-
-    def check(self) -> None:
-        """Nothing is needed."""
-
-    def build(self, device: str = "cpu") -> RegionProposer:  # noqa: ARG002 (every config's build takes a device)
-        """The proposer."""
-        return GridProposer(self)
+from goal_ray.regions.config import GridConfig
+from goal_ray.regions.protocol import Regions, all_from
 
 
 class GridProposer:

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import torch
-from torchvision.ops import nms
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ def all_from(source: str, count: int) -> np.ndarray:
 
 
 class RegionProposer(Protocol):
-    """Finds regions. A config's `build(device)` makes one; its `check()` tells what is missing, and loads nothing."""
+    """Finds regions. `build_proposer(config, device)` makes one."""
 
     def propose(self, images: Sequence[np.ndarray]) -> list[Regions]:
         """The regions of each image, (H, W, 3) uint8 RGB; sizes may differ."""
@@ -48,6 +46,10 @@ def usable(
     max_iou             of two boxes that overlap more than this, only the one of higher score stays
     Source of the area limits: GOAL (arXiv 2503.17782), which filters by the area of SAM's masks.
     """
+    # Here, since the processes that only hand regions on need neither.
+    import torch
+    from torchvision.ops import nms
+
     width, height = size
     boxes_R4 = np.clip(regions.boxes_px.astype(np.float32), 0, np.array([width, height, width, height], np.float32))
     # Adding 0 turns -0.0 into 0.0, which sorts and prints alike.

@@ -9,8 +9,7 @@ non-maximum suppression, as `segment_anything.SamAutomaticMaskGenerator` does wi
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,87 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import nms
 
-from goal_ray.config import strict
-from goal_ray.precision import DTYPES, Precision
+from goal_ray.precision import dtype
+from goal_ray.regions.config import SamConfig
 from goal_ray.regions.mask_cleaning import clean
 from goal_ray.regions.mask_geometry import area_above, mask_boxes, pixels_near, sample_at
-from goal_ray.regions.protocol import RegionProposer, Regions, all_from
+from goal_ray.regions.protocol import Regions, all_from
 from goal_ray.regions.sam_decoder import decode_points, two_way
-from goal_ray.regions.sam_weights import ADVICE, OFFICIAL, load_sam
-from goal_ray.regions.weights import check_sum, find_checkpoint
 from goal_ray.timing import timed
 
 CROP_EDGE_PX = 20.0  # a mask so near the edge of a crop is thought cut off; the official generator's tolerance
 # How far a stability read off the decoder's mask was seen to be from the official one, for large masks, and times the
 # number of cells for small ones.
 STABILITY_ERROR, SMALL_MASK_ERROR = 0.01, 5.0
-
-
-@strict
-@dataclass(frozen=True, kw_only=True)
-class SamConfig:
-    """SAM (Segment Anything) with the official weights, as in the published run, or MobileSAM with its own.
-
-    name: sam
-    checkpoint: weights file, or its name in the folder GOAL_RAY_WEIGHTS; tells by itself which SAM it is (b, l, h or
-        MobileSAM)
-    sha256: refuse a checkpoint with another checksum; official file names are checked anyway
-    points_per_side: prompts are points on a square grid of this side
-    points_per_batch: points per pass of the mask decoder; only speed and memory depend on it. Empty: 64 on a GPU, and
-        16 on a CPU, whose caches hold no more
-    images_per_batch: pictures per pass of the image encoder; only speed and memory depend on it
-    pred_iou_thresh: leave out masks that the model itself rates lower
-    stability_score_thresh: leave out masks that change more when the mask threshold does
-    stability_score_offset: how much the threshold is changed for that, in logits
-    box_nms_thresh: of two masks whose boxes overlap more, the one that the model rates higher stays
-    crop_n_layers: layer i also looks at 4^i overlapping crops of the picture, for smaller things
-    crop_nms_thresh: box_nms_thresh between crops; masks from smaller crops stay
-    crop_overlap_ratio: how much crops overlap, as a share of the picture
-    crop_n_points_downscale_factor: layer i has points_per_side divided by the i-th power of this
-    min_mask_region_area: fill holes, and remove islands, of fewer pixels of the picture than this
-    precision: of the encoder and the decoder
-    compile: torch.compile the encoder and the decoder's transformer: minutes at the start, faster afterwards
-    """
-
-    name: Literal["sam"] = "sam"
-    checkpoint: Path
-    sha256: str | None = None
-    points_per_side: int = 32
-    points_per_batch: int | None = None
-    images_per_batch: int = 4
-    pred_iou_thresh: float = 0.88
-    stability_score_thresh: float = 0.95
-    stability_score_offset: float = 1.0
-    box_nms_thresh: float = 0.7
-    crop_n_layers: int = 0
-    crop_nms_thresh: float = 0.7
-    crop_overlap_ratio: float = 512 / 1500
-    crop_n_points_downscale_factor: int = 1
-    min_mask_region_area: int = 0
-    precision: Precision = "fp32"
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("points_per_side", "points_per_batch", "images_per_batch", "crop_n_points_downscale_factor"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1")
-        if self.min_mask_region_area < 0:
-            raise ValueError("min_mask_region_area must not be negative")
-        if not 0 <= self.crop_n_layers <= 4:
-            raise ValueError("crop_n_layers must be between 0 and 4")
-        if self.points_per_side < self.crop_n_points_downscale_factor**self.crop_n_layers:
-            raise ValueError("crop_n_points_downscale_factor leaves the last layer of crops without a point")
-
-    def check(self) -> None:
-        """Raises ModelError for a missing checkpoint."""
-        find_checkpoint(self.checkpoint, ADVICE)
-
-    def build(self, device: str = "cpu") -> RegionProposer:
-        """Loads the model. Raises ModelError for a missing, changed or unfitting checkpoint."""
-        path = find_checkpoint(self.checkpoint, ADVICE)
-        check_sum(path, self.sha256 or OFFICIAL.get(path.name))
-        return SamProposer(load_sam(path).to(device), self)
 
 
 @dataclass(frozen=True)
@@ -140,7 +70,7 @@ class SamProposer:
 
         self.sam = sam
         self.config = config
-        self.dtype = DTYPES[config.precision]
+        self.dtype = dtype(config.precision)
         self.points_per_batch = config.points_per_batch or (16 if sam.device.type == "cpu" else 64)
         sam.image_encoder.to(self.dtype, memory_format=torch.channels_last)
         sam.mask_decoder.to(self.dtype)

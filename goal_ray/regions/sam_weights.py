@@ -10,18 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from goal_ray.errors import ModelError
-from goal_ray.regions.weights import read_state
+from goal_ray.regions.weights import OFFICIAL, read_state
 
 ENCODER = "image_encoder."
 TINY_VIT = f"{ENCODER}patch_embed.seq."
-DOWNLOADS = "https://dl.fbaipublicfiles.com/segment_anything"
-# sha256 of the official checkpoints.
-OFFICIAL = {
-    "sam_vit_b_01ec64.pth": "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
-    "sam_vit_l_0b3195.pth": "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
-    "sam_vit_h_4b8939.pth": "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
-}
-ADVICE = f"download one of {', '.join(f'{DOWNLOADS}/{name}' for name in OFFICIAL)}"
 
 
 def load_sam(path: Path) -> Any:

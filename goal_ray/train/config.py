@@ -8,7 +8,7 @@ from typing import Literal
 from goal_ray.config import check_custom_resources, strict
 from goal_ray.geometry import ResizeConfig
 from goal_ray.losses import LossConfig
-from goal_ray.model import ModelConfig
+from goal_ray.model_config import ModelConfig
 from goal_ray.step import StepConfig
 
 

@@ -19,7 +19,8 @@ from goal_ray.flops import peak_flops, step_flops
 from goal_ray.geometry import PixelGeometry, ResizeConfig
 from goal_ray.gradcache import cached_gradients
 from goal_ray.losses import GoalModel
-from goal_ray.model import LoadedModel, ModelConfig, load_model
+from goal_ray.model import LoadedModel, load_model
+from goal_ray.model_config import ModelConfig
 from goal_ray.order import BatchOrder
 from goal_ray.step import prepare_step
 from goal_ray.storage import write_bytes

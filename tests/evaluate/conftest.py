@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from goal_ray.model import ModelConfig, load_model, save_model
+from goal_ray.model import load_model, save_model
+from goal_ray.model_config import ModelConfig
 from goal_ray.scenes.run import SceneSettings, draw_scenes
 
 

@@ -8,7 +8,8 @@ import torch
 
 from goal_ray.errors import ModelError
 from goal_ray.evaluate.embed import add_new, embed_shards, size_bytes
-from goal_ray.model import ModelConfig, load_model
+from goal_ray.model import load_model
+from goal_ray.model_config import ModelConfig
 from goal_ray.scenes.run import SceneSettings, draw_scenes
 
 

@@ -20,7 +20,8 @@ from goal_ray.errors import ModelError
 from goal_ray.export.hf import save_hf
 from goal_ray.export.run import export
 from goal_ray.geometry import PixelGeometry, ResizeConfig
-from goal_ray.model import LoadedModel, ModelConfig, encode_image, encode_text, load_model
+from goal_ray.model import LoadedModel, encode_image, encode_text, load_model
+from goal_ray.model_config import ModelConfig
 
 OURS = SimpleTokenizer(context_length=248)
 # Two float32 implementations of the same sums, in another order.

@@ -10,7 +10,7 @@ from torchvision.transforms.functional import to_tensor
 
 from goal_ray.config import build_config
 from goal_ray.errors import ConfigError, ModelError
-from goal_ray.regions import DetectorConfig
+from goal_ray.regions import DetectorConfig, build_proposer
 from goal_ray.regions.detector import WITHOUT_EPSILON, DetectorProposer, load_detector
 
 FASTER, LITE = "fasterrcnn_mobilenet_v3_large_320_fpn", "ssdlite320_mobilenet_v3_large"
@@ -39,7 +39,7 @@ def config(name, path, **settings):
 @pytest.mark.parametrize("name", [FASTER, LITE])
 def test_detections_are_the_models_own_without_near_duplicates_of_any_class(checkpoint, name):
     settings = config(name, checkpoint[name], levels=(), box_nms_thresh=0.5, max_detections=20, images_per_batch=1)
-    found = settings.build().propose(IMAGES)
+    found = build_proposer(settings).propose(IMAGES)
     model = get_model(name, weights=None, weights_backbone=None, num_classes=3).eval()
     model.load_state_dict(torch.load(checkpoint[name], weights_only=True))
     for image, regions in zip(IMAGES, found, strict=True):
@@ -58,8 +58,8 @@ def test_detections_are_the_models_own_without_near_duplicates_of_any_class(chec
 
 
 def test_cells_of_the_grid_stand_behind_the_detections_with_score_0(checkpoint):
-    with_cells = config(LITE, checkpoint[LITE], levels=(2,)).build().propose(IMAGES)
-    alone = config(LITE, checkpoint[LITE], levels=()).build().propose(IMAGES)
+    with_cells = build_proposer(config(LITE, checkpoint[LITE], levels=(2,))).propose(IMAGES)
+    alone = build_proposer(config(LITE, checkpoint[LITE], levels=())).propose(IMAGES)
     for both, detections in zip(with_cells, alone, strict=True):
         count = len(detections.scores)
         assert both.sources.tolist() == ["detector"] * count + ["grid"] * 4
@@ -68,14 +68,14 @@ def test_cells_of_the_grid_stand_behind_the_detections_with_score_0(checkpoint):
 
 
 def test_a_threshold_that_nothing_reaches_leaves_the_grid(checkpoint):
-    (regions,) = config(LITE, checkpoint[LITE], score_thresh=1.1).build().propose(IMAGES[:1])
+    (regions,) = build_proposer(config(LITE, checkpoint[LITE], score_thresh=1.1)).propose(IMAGES[:1])
     assert set(regions.sources) == {"grid"}
     assert len(regions.boxes_px) == 4 + 9
 
 
 def test_bf16_finds_nearly_the_same_boxes(checkpoint):
     exact, rough = (
-        config(FASTER, checkpoint[FASTER], levels=(), precision=precision).build().propose(IMAGES[:1])[0]
+        build_proposer(config(FASTER, checkpoint[FASTER], levels=(), precision=precision)).propose(IMAGES[:1])[0]
         for precision in ("fp32", "bf16")
     )
     overlap = box_iou(torch.from_numpy(rough.boxes_px), torch.from_numpy(exact.boxes_px)).amax(1)
@@ -126,7 +126,7 @@ class TestRefused:
         path = tmp_path / "ssdlite-01234567.pth"
         path.write_bytes(checkpoint[LITE].read_bytes())
         with pytest.raises(ModelError, match=r"sha256 is .*not 01234567; download it again"):
-            config(LITE, path).build()
+            build_proposer(config(LITE, path))
 
     @pytest.mark.parametrize(
         ("setting", "error"),

@@ -9,7 +9,7 @@ from torchvision.ops import box_iou
 
 from goal_ray.config import build_config
 from goal_ray.errors import ConfigError
-from goal_ray.regions import FelzenszwalbConfig, usable
+from goal_ray.regions import FelzenszwalbConfig, build_proposer, usable
 from goal_ray.regions.felzenszwalb import merge_tree
 
 TEXTURES = ("plain", "striped", "dotted", "checkered")
@@ -48,7 +48,7 @@ def scene(seed):
 
 def test_textured_objects_are_found_with_few_proposals():
     scenes = [scene(seed) for seed in range(20)]
-    proposer = FelzenszwalbConfig().build()
+    proposer = build_proposer(FelzenszwalbConfig())
     best, counts = [], []
     for (_, truth), regions in zip(scenes, proposer.propose([image for image, _ in scenes]), strict=True):
         kept = usable(regions, (160, 128))
@@ -61,7 +61,7 @@ def test_textured_objects_are_found_with_few_proposals():
 def test_an_object_that_stands_out_is_the_best_region():
     image = np.full((60, 80, 3), 230, np.uint8)
     image[20:40, 10:50] = [200, 30, 30]
-    kept = usable(FelzenszwalbConfig().build().propose([image])[0], (80, 60))
+    kept = usable(build_proposer(FelzenszwalbConfig()).propose([image])[0], (80, 60))
     assert np.abs(kept.boxes_px[0] - [10, 20, 50, 40]).max() <= 1
     assert kept.areas_px[0] == pytest.approx(800, rel=0.1)
 
@@ -78,7 +78,7 @@ def test_merging_passes_through_every_step_up_to_the_whole_image():
 def test_boxes_of_a_shrunk_image_are_in_its_own_pixels():
     image = np.full((600, 800, 3), 230, np.uint8)
     image[200:400, 100:500] = [200, 30, 30]
-    kept = usable(FelzenszwalbConfig(side_px=80).build().propose([image])[0], (800, 600))
+    kept = usable(build_proposer(FelzenszwalbConfig(side_px=80)).propose([image])[0], (800, 600))
     assert np.abs(kept.boxes_px[0] - [100, 200, 500, 400]).max() <= 10
     assert kept.areas_px[0] == pytest.approx(80_000, rel=0.1)
 
@@ -88,7 +88,7 @@ def test_boxes_of_a_shrunk_image_are_in_its_own_pixels():
 def test_any_image_gives_boxes_inside_it_and_the_same_ones_again(height, width, seed):
     image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     image.flags.writeable = False  # as pictures that come out of a shared object store
-    once, again = FelzenszwalbConfig().build().propose([image, image])
+    once, again = build_proposer(FelzenszwalbConfig()).propose([image, image])
     np.testing.assert_array_equal(once.boxes_px, again.boxes_px)
     x0, y0, x1, y1 = once.boxes_px.T
     assert ((x0 >= 0) & (y0 >= 0) & (x1 > x0) & (y1 > y0) & (x1 <= width) & (y1 <= height)).all()

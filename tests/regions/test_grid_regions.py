@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 from goal_ray.config import build_config
 from goal_ray.errors import ConfigError
-from goal_ray.regions import GridConfig, usable
+from goal_ray.regions import GridConfig, build_proposer, usable
 
 
 def divide(config, *sizes):
-    return config.build().propose([np.zeros((height, width, 3), np.uint8) for width, height in sizes])
+    return build_proposer(config).propose([np.zeros((height, width, 3), np.uint8) for width, height in sizes])
 
 
 def test_default_gives_four_and_nine_cells():

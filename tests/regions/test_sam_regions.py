@@ -17,7 +17,7 @@ from torchvision.ops import box_iou
 from goal_ray.config import build_config
 from goal_ray.errors import ConfigError, ModelError
 from goal_ray.lism.benchmark import generators, matched, read_pictures
-from goal_ray.regions import SamConfig, usable
+from goal_ray.regions import SamConfig, build_proposer, usable
 from goal_ray.regions.sam_decoder import decode_points, two_way
 from goal_ray.regions.sam_weights import MobileEncoder, empty_sam, load_sam
 
@@ -82,7 +82,7 @@ def test_regions_agree_with_the_official_generator(sam, checkpoint, image, crop_
     settings = {"points_per_side": 6, "box_nms_thresh": 1.0, "crop_nms_thresh": 1.0, "crop_n_layers": crop_layers}
     official = SamAutomaticMaskGenerator(sam, pred_iou_thresh=-1e9, stability_score_thresh=0.0, **settings)
     masks = sorted((mask for mask in official.generate(image) if mask["area"]), key=lambda mask: mask["predicted_iou"])
-    (regions,) = everything(checkpoint, **settings).build().propose([image])
+    (regions,) = build_proposer(everything(checkpoint, **settings)).propose([image])
     assert len(regions.scores) == pytest.approx(len(masks), rel=0.1)
     scores = np.array([mask["predicted_iou"] for mask in masks])
     cell_px = 4 * image.shape[1] / IMAGE_PX
@@ -97,9 +97,9 @@ def test_regions_agree_with_the_official_generator(sam, checkpoint, image, crop_
 
 def test_boxes_and_areas_are_of_masks_without_small_parts(checkpoint, image):
     settings = {"points_per_side": 4, "box_nms_thresh": 1.0, "crop_nms_thresh": 1.0}
-    (before,) = everything(checkpoint, **settings).build().propose([image])
-    (same,) = everything(checkpoint, **settings, min_mask_region_area=1).build().propose([image])
-    (after,) = everything(checkpoint, **settings, min_mask_region_area=300).build().propose([image])
+    (before,) = build_proposer(everything(checkpoint, **settings)).propose([image])
+    (same,) = build_proposer(everything(checkpoint, **settings, min_mask_region_area=1)).propose([image])
+    (after,) = build_proposer(everything(checkpoint, **settings, min_mask_region_area=300)).propose([image])
     # No part of a mask is smaller than a pixel; but the masks of equal score may stand in another order.
     for name in ("boxes_px", "areas_px", "scores"):
         assert np.sort(getattr(same, name), axis=0) == pytest.approx(np.sort(getattr(before, name), axis=0), abs=1e-3)
@@ -113,7 +113,8 @@ def test_boxes_and_areas_are_of_masks_without_small_parts(checkpoint, image):
 def test_compiled_models_find_the_same(checkpoint, image):
     settings = {"points_per_side": 4, "points_per_batch": 4}
     (expected,), (found,) = (
-        everything(checkpoint, **settings, compile=compiled).build().propose([image]) for compiled in (False, True)
+        build_proposer(everything(checkpoint, **settings, compile=compiled)).propose([image])
+        for compiled in (False, True)
     )
     assert found.boxes_px == pytest.approx(expected.boxes_px, abs=1e-2)
     assert found.scores == pytest.approx(expected.scores, abs=1e-4)
@@ -167,7 +168,7 @@ def test_a_checkpoint_under_mobile_sams_names_is_the_encoder_with_these_weights(
 
 def test_images_in_one_call_are_as_if_alone(checkpoint, image):
     others = [image, image[:40], np.ascontiguousarray(image[:, ::-1])]
-    proposer = everything(checkpoint, points_per_side=3, images_per_batch=2, points_per_batch=20).build()
+    proposer = build_proposer(everything(checkpoint, points_per_side=3, images_per_batch=2, points_per_batch=20))
     for together, alone in zip(proposer.propose(others), (proposer.propose([each])[0] for each in others), strict=True):
         np.testing.assert_allclose(together.boxes_px, alone.boxes_px, atol=1e-3)
         np.testing.assert_allclose(together.scores, alone.scores, atol=1e-4)
@@ -176,7 +177,7 @@ def test_images_in_one_call_are_as_if_alone(checkpoint, image):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_finds_about_the_same(checkpoint, image, precision):
     exact, half = (
-        everything(checkpoint, points_per_side=4, precision=each).build().propose([image])[0]
+        build_proposer(everything(checkpoint, points_per_side=4, precision=each)).propose([image])[0]
         for each in ("fp32", precision)
     )
     iou = box_iou(torch.from_numpy(exact.boxes_px), torch.from_numpy(half.boxes_px))
@@ -193,13 +194,13 @@ def test_mobile_sam_agrees_with_the_official_generator_on_photographs(shared):
 
 
 def test_masks_thought_poor_or_unstable_are_left_out(checkpoint, image):
-    all_of_them = everything(checkpoint, points_per_side=6).build().propose([image])[0]
+    all_of_them = build_proposer(everything(checkpoint, points_per_side=6)).propose([image])[0]
     median = float(np.median(all_of_them.scores))
     config = SamConfig(checkpoint=checkpoint, points_per_side=6, pred_iou_thresh=median, stability_score_thresh=0.0)
-    assert 0 < len(config.build().propose([image])[0].scores) < len(all_of_them.scores)
-    assert (config.build().propose([image])[0].scores > median).all()
+    assert 0 < len(build_proposer(config).propose([image])[0].scores) < len(all_of_them.scores)
+    assert (build_proposer(config).propose([image])[0].scores > median).all()
     none = SamConfig(checkpoint=checkpoint, points_per_side=6, pred_iou_thresh=-1e9, stability_score_thresh=1.1)
-    assert none.build().propose([image])[0].boxes_px.shape == (0, 4)
+    assert build_proposer(none).propose([image])[0].boxes_px.shape == (0, 4)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 300), (300, 7), (129, 64)])
@@ -207,7 +208,7 @@ def test_boxes_stay_inside_images_of_any_shape(checkpoint, size):
     width, height = size
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     image.flags.writeable = False
-    (regions,) = everything(checkpoint, points_per_side=3).build().propose([image])
+    (regions,) = build_proposer(everything(checkpoint, points_per_side=3)).propose([image])
     x0, y0, x1, y1 = regions.boxes_px.T
     assert len(regions.scores) > 0
     assert ((x0 >= 0) & (y0 >= 0) & (x1 > x0) & (y1 > y0) & (x1 <= width) & (y1 <= height)).all()
@@ -216,7 +217,7 @@ def test_boxes_stay_inside_images_of_any_shape(checkpoint, size):
 
 def test_points_per_batch_changes_nothing(checkpoint, image):
     few, many = (
-        everything(checkpoint, points_per_side=4, points_per_batch=batch).build().propose([image])[0]
+        build_proposer(everything(checkpoint, points_per_side=4, points_per_batch=batch)).propose([image])[0]
         for batch in (3, 128)
     )
     # The order of float additions differs between batch sizes.
@@ -227,28 +228,28 @@ def test_points_per_batch_changes_nothing(checkpoint, image):
 def test_a_missing_checkpoint_says_which_file_to_put_where(tmp_path, monkeypatch):
     monkeypatch.setenv("GOAL_RAY_WEIGHTS", str(tmp_path))
     with pytest.raises(ModelError, match=r"sam_vit_b_01ec64\.pth.*GOAL_RAY_WEIGHTS") as error:
-        SamConfig(checkpoint=Path("sam_vit_b_01ec64.pth")).build()
+        build_proposer(SamConfig(checkpoint=Path("sam_vit_b_01ec64.pth")))
     assert str(tmp_path) in str(error.value)
 
 
 def test_a_checkpoint_is_found_by_name_in_the_weights_folder(checkpoint, monkeypatch):
     monkeypatch.setenv("GOAL_RAY_WEIGHTS", str(checkpoint.parent))
     config = build_config(SamConfig, {"checkpoint": checkpoint.name}, source="test")
-    assert config.build() is not None
+    assert build_proposer(config) is not None
 
 
 def test_a_wrong_checksum_is_refused_and_a_right_one_is_not(checkpoint):
     right = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-    assert SamConfig(checkpoint=checkpoint, sha256=right.upper()).build() is not None
+    assert build_proposer(SamConfig(checkpoint=checkpoint, sha256=right.upper())) is not None
     with pytest.raises(ModelError, match=right):
-        SamConfig(checkpoint=checkpoint, sha256="0" * 64).build()
+        build_proposer(SamConfig(checkpoint=checkpoint, sha256="0" * 64))
 
 
 def test_an_official_name_is_held_to_the_official_checksum(checkpoint, tmp_path):
     impostor = tmp_path / "sam_vit_b_01ec64.pth"
     impostor.write_bytes(checkpoint.read_bytes())
     with pytest.raises(ModelError, match="ec2df6"):
-        SamConfig(checkpoint=impostor).build()
+        build_proposer(SamConfig(checkpoint=impostor))
 
 
 class Trap:

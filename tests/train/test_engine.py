@@ -45,7 +45,8 @@ def run_stage(folder: Path, config, resume_from: Path | None, rank: int, save: b
     Every micro-batch of a step is the same one.
     """
     from goal_ray.losses import GoalModel
-    from goal_ray.model import ModelConfig, load_model
+    from goal_ray.model import load_model
+    from goal_ray.model_config import ModelConfig
     from goal_ray.step import prepare_step
     from goal_ray.train.checkpoint import CheckpointWriter, allocate_averages, load_averages, read_step
     from goal_ray.train.engine import build_engine, freeze_tower, set_learning_rate
@@ -77,7 +78,7 @@ def run_stage(folder: Path, config, resume_from: Path | None, rank: int, save: b
 
 def run_rank(rank: int, folder: str, tiny_clip: str) -> None:
     os.environ.update(DS_ACCELERATOR="cpu", RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE="2")
-    from goal_ray.model import ModelConfig
+    from goal_ray.model_config import ModelConfig
     from goal_ray.train.config import DataConfig, OptimizerConfig, TrainConfig
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)

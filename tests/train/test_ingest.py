@@ -11,7 +11,8 @@ from paired_shards import write_shards
 from goal_ray.batches import unpack
 from goal_ray.errors import ShardError
 from goal_ray.losses import LossConfig
-from goal_ray.model import ModelConfig, load_model
+from goal_ray.model import load_model
+from goal_ray.model_config import ModelConfig
 from goal_ray.order import BatchOrder
 from goal_ray.tars import expand_shards, write_tar
 from goal_ray.train import ingest, scan

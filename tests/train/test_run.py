@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from goal_ray.config import load_config, to_yaml
 from goal_ray.errors import StageError
-from goal_ray.model import ModelConfig
+from goal_ray.model_config import ModelConfig
 from goal_ray.train.attempts import WorkerDied, own_error
 from goal_ray.train.config import DataConfig, EvaluationConfig, OptimizerConfig, TrainConfig
 from goal_ray.train.recorder import read_records
@@ -85,8 +85,8 @@ def test_the_run_folder_holds_the_settings_that_repeat_it(undisturbed):
 
 def test_the_metrics_of_a_run_can_be_scraped_from_the_node(undisturbed):
     prefix, run_dir = "ray_goal_ray_train_", str(undisturbed[1].run_dir)
-    found = scraped("run", run_dir, (), until=lambda found: (f"{prefix}images_total",) in found)
     images = json.loads((undisturbed[1].run_dir / "cost.json").read_text())["images"]
+    found = scraped("run", run_dir, (), until=lambda found: found.get((f"{prefix}images_total",)) == images)
     assert found[f"{prefix}quarantined_total",] == len(UNREADABLE)
     assert found[f"{prefix}images_total",] == images
 

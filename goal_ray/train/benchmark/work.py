@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from goal_ray.batches import Example, collate
 from goal_ray.flops import step_flops
 from goal_ray.losses import GoalBatch, count_batch
-from goal_ray.model import LoadedModel, ModelConfig, load_model
+from goal_ray.model import LoadedModel, load_model
+from goal_ray.model_config import ModelConfig
 from goal_ray.step import StepConfig
 from goal_ray.text import CaptionEncoder
 
