@@ -2,7 +2,7 @@
 
 from goal_ray.regions.config import DetectorConfig, FelzenszwalbConfig, GridConfig, ProposerConfig, SamConfig
 from goal_ray.regions.protocol import RegionProposer
-from goal_ray.regions.weights import DETECTOR_ADVICE, SAM_ADVICE, check_sum, find_checkpoint
+from goal_ray.regions.weights import DETECTOR_ADVICE, OFFICIAL, SAM_ADVICE, check_sum, find_checkpoint, torchvision_sum
 
 
 def build_proposer(config: ProposerConfig, device: str = "cpu") -> RegionProposer:
@@ -25,11 +25,11 @@ def build_proposer(config: ProposerConfig, device: str = "cpu") -> RegionPropose
             from goal_ray.regions.sam_weights import load_sam
 
             path = find_checkpoint(config.checkpoint, SAM_ADVICE)
-            check_sum(path, config.sha256)
+            check_sum(path, config.sha256 or OFFICIAL.get(path.name))
             return SamProposer(load_sam(path).to(device), config)
         case DetectorConfig():
             from goal_ray.regions.detector import DetectorProposer, load_detector
 
             path = find_checkpoint(config.checkpoint, DETECTOR_ADVICE)
-            check_sum(path, config.sha256)
+            check_sum(path, config.sha256 or torchvision_sum(path))
             return DetectorProposer(load_detector(config.model, config.classes, path).to(device), config)

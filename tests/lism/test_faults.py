@@ -110,8 +110,8 @@ def test_deaths_of_workers_and_of_a_node_change_no_output(undisturbed, tiny_clip
         chaos = run_python(Path(__file__).parent / "chaos.py", source, tmp_path / "out", tiny_clip, seed)
         printed, errors = chaos.communicate()
     assert chaos.returncode == 0, errors
-    # Not always the last line: Ray may have something to say when it ends.
-    (happened,) = re.findall("^happened: (.*)$", printed, re.MULTILINE)
+    # Not always the last line: other libraries print too.
+    (happened,) = re.findall("happened: (.*)$", printed, re.MULTILINE)
     assert {*happened.split()} >= {"MapWorker", "Strikes", "node"}
     assert torn == []
     assert tars_of(tmp_path / "out") == undisturbed

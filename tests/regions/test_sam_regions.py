@@ -301,3 +301,9 @@ def test_weights_that_do_not_fit_are_refused(sam, tmp_path, change):
 def test_the_checkpoint_is_a_required_setting():
     with pytest.raises(ConfigError, match="checkpoint: required"):
         build_config(SamConfig, {}, source="test")
+
+
+def test_a_date_in_a_name_is_no_checksum(checkpoint, tmp_path):
+    dated = tmp_path / "sam-20240101.pth"  # torchvision would mean the beginning of a checksum
+    dated.write_bytes(checkpoint.read_bytes())
+    assert build_proposer(SamConfig(checkpoint=dated)) is not None
