@@ -11,12 +11,10 @@ import numpy as np
 import pyarrow
 import torch
 from PIL import Image
-from safetensors.numpy import load, save
 
 from goal_ray.errors import ShardError
 from goal_ray.geometry import PixelGeometry, View, outer_box
 from goal_ray.images import open_picture
-from goal_ray.losses import GoalBatch
 from goal_ray.pairs import PairRecord, best_pairs
 from goal_ray.tars import PAIRS_EXTENSION, Sample
 from goal_ray.text import CaptionEncoder, pad_batch
@@ -140,16 +138,6 @@ def collate(examples: Sequence[Example], text_multiple: int = 1, context_length:
         "spans_M2": np.concatenate([example.spans_P2.reshape(-1, 2) for example in examples]).astype(np.int64),
         "sample_index_M": np.repeat(np.arange(len(examples)), counts).astype(np.int64),
     }
-
-
-def pack(arrays: dict[str, np.ndarray]) -> bytes:
-    """A collated batch as one block of bytes (safetensors), so that ragged arrays travel as one value."""
-    return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
-
-
-def unpack(data: bytes, device: str | torch.device = "cpu") -> GoalBatch:
-    """The batch of `pack`, on a device."""
-    return GoalBatch(**{name: torch.from_numpy(array).to(device) for name, array in load(data).items()})
 
 
 def pixels_CHW(image: Image.Image) -> torch.Tensor:

@@ -7,41 +7,21 @@ the picture were squashed would pool the wrong patches.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from torchvision.transforms import InterpolationMode, RandomResizedCrop, v2
+from torch import Tensor
 
-from goal_ray.config import strict
+from goal_ray.settings import ResizeConfig
 
 # Of a picture whose short side is resized: the longer side of a thread, 12,000×1 pixels, would become gigabytes.
 MAX_ASPECT = 32
+PIL_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 BoxPx = tuple[int, int, int, int]
-T = TypeVar("T", Image.Image, torch.Tensor)
-
-
-@strict
-@dataclass(frozen=True)
-class ResizeConfig:
-    """How a picture becomes the square that the model reads.
-
-    mode: shortest resizes the short side and center-crops (CLIP's own), squash ignores the aspect ratio,
-        random_resized_crop draws a crop per sample and epoch (training only)
-    min_scale: random_resized_crop keeps at least this share of the picture's area
-    min_visible: a region of which the crop leaves less than this share of its area is dropped from the TSL
-    """
-
-    mode: Literal["shortest", "squash", "random_resized_crop"] = "shortest"
-    min_scale: float = 0.9
-    min_visible: float = 0.25
-
-    def __post_init__(self) -> None:
-        if not 0 < self.min_scale <= 1:
-            raise ValueError(f"min_scale must be in (0, 1], not {self.min_scale}")
-        if not 0 <= self.min_visible <= 1:
-            raise ValueError(f"min_visible must be in [0, 1], not {self.min_visible}")
+T = TypeVar("T", Image.Image, Tensor)
 
 
 @dataclass(frozen=True)
@@ -81,7 +61,7 @@ class PixelGeometry:
         self.config = config
         self.size_px = size_px
         self.grid_HW = grid_HW
-        self.interpolation = InterpolationMode(interpolation)
+        self.interpolation = interpolation
 
     def __call__(
         self, image: Image.Image, boxes_px_M4: np.ndarray, seed: int | None = None
@@ -139,9 +119,7 @@ class PixelGeometry:
         rows, columns = self.grid_HW
         return (kept_M4 * np.tile([columns, rows], 2) / self.size_px).astype(np.float32)
 
-    def square(
-        self, picture_CHW: torch.Tensor, view: View | None = None, size: tuple[int, int] | None = None
-    ) -> torch.Tensor:
+    def square(self, picture_CHW: Tensor, view: View | None = None, size: tuple[int, int] | None = None) -> Tensor:
         """The square of a uint8 picture on any device, (C, size_px, size_px) uint8, without leaving the device.
 
         view  what of the picture is seen; by default, as `view` says
@@ -159,13 +137,29 @@ class PixelGeometry:
         return resized[:, top : top + self.size_px, left : left + self.size_px]
 
 
-def resize(picture: T, size_HW: tuple[int, int], interpolation: InterpolationMode) -> T:
-    """A PIL picture or a tensor (…, H, W), resized with antialiasing."""
-    return v2.functional.resize(picture, list(size_HW), interpolation, antialias=True)
+def resize(picture: T, size_HW: tuple[int, int], interpolation: str) -> T:
+    """A PIL picture or a tensor (C, H, W), resized with antialiasing.
+
+    The values are those of torchvision's `resize`, which readers would need another 2 s and 150 MB to import.
+    """
+    height, width = size_HW
+    if isinstance(picture, Image.Image):
+        return (
+            picture if picture.size == (width, height) else picture.resize((width, height), PIL_FILTERS[interpolation])
+        )
+    if tuple(picture.shape[1:]) == (height, width):
+        return picture
+    # Torch resizes bytes on the CPU alone.
+    as_floats = picture.dtype == torch.uint8 and picture.device.type != "cpu"
+    source = (picture.float() if as_floats else picture)[None]
+    resized = F.interpolate(source, (height, width), mode=interpolation, antialias=True)[0]
+    return resized.clamp_(0, 255).round_().to(torch.uint8) if as_floats else resized
 
 
 def random_part(width: int, height: int, min_scale: float, seed: int | None) -> BoxPx:
     """A part of a picture as RandomResizedCrop draws it, with at least `min_scale` of its area."""
+    from torchvision.transforms import RandomResizedCrop  # seconds to import, and seldom needed
+
     with torch.random.fork_rng(devices=[]):
         if seed is not None:
             # torch.manual_seed would also queue a call, with its stack, for a CUDA that is never started here.

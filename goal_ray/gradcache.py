@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from goal_ray.losses import CachedGradients, Features, GoalBatch, contrastive_terms
+from goal_ray.goal_batch import GoalBatch
+from goal_ray.losses import CachedGradients, Features, contrastive_terms
 
 
 def split_batch(batch: GoalBatch, chunks: int) -> list[GoalBatch]:

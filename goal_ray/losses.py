@@ -6,9 +6,7 @@ reaches directly (final LayerNorm, projection).
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,108 +14,13 @@ import torch.nn.functional as F
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor, nn
 
-from goal_ray.config import strict
 from goal_ray.errors import ModelError
+from goal_ray.goal_batch import GoalBatch, count_batch
 from goal_ray.model import TowerOutput, encode_image, encode_text, image_tower, text_tower
+from goal_ray.settings import LossConfig
 from kernels.tsl import TslResult, tsl_loss
 
 MAX_LOGIT_SCALE = math.log(100.0)
-TERMS = ("global", "local", "tsl_image", "tsl_text")
-Weight = float | tuple[tuple[float, float], ...]
-
-
-@strict
-@dataclass(frozen=True)
-class LossConfig:
-    """The weights of the loss's terms and their kind.
-
-    A weight is a number, or a schedule: points [share of the run, weight], linear between them, such as
-    [[0, 0], [0.1, 1]] for a warmup over the first tenth.
-
-    weight_local: weight of the contrastive loss over (region crop, sentence)
-    weight_tsl_image: weight of the token-similarity loss between a region's patches and its crop
-    weight_tsl_text: weight of the token-similarity loss between a sentence's tokens and the sentence alone
-    contrastive: clip is the symmetric InfoNCE, siglip the pairwise sigmoid (the model needs a logit bias)
-    pooling: touch takes every patch that the box touches as a whole (the paper), coverage weighs it by its overlap
-    tsl_backend: auto takes the fastest that runs here; reference is the slow definition
-    """
-
-    weight_local: Weight = 0.5
-    weight_tsl_image: Weight = 1.0
-    weight_tsl_text: Weight = 1.0
-    contrastive: Literal["clip", "siglip"] = "clip"
-    pooling: Literal["touch", "coverage"] = "touch"
-    tsl_backend: Literal["auto", "reference", "eager", "triton"] = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("weight_local", "weight_tsl_image", "weight_tsl_text"):
-            points = points_of(getattr(self, name))
-            shares = [share for share, _ in points]
-            if not points or any(not 0 <= weight < math.inf for _, weight in points):
-                raise ValueError(f"{name} must be a finite number >= 0, or points of such, not {getattr(self, name)}")
-            if sorted(set(shares)) != shares or not 0 <= shares[0] <= shares[-1] <= 1:
-                raise ValueError(f"{name}: the shares of its points must rise from 0 to 1, not {shares}")
-
-    @property
-    def configured(self) -> tuple[Weight, ...]:
-        """The weights or schedules, in the order of TERMS."""
-        return (1.0, self.weight_local, self.weight_tsl_image, self.weight_tsl_text)
-
-    def weights(self, progress: float) -> tuple[float, ...]:
-        """Weights in the order of TERMS once the share `progress`, 0 to 1, of the run is done."""
-        return tuple(weight_at(weight, progress) for weight in self.configured)
-
-    @property
-    def needs_pairs(self) -> bool:
-        """Whether any term reads local pairs; without, crops and sentences are never encoded."""
-        return any(weight for each in self.configured[1:] for _, weight in points_of(each))
-
-
-def points_of(weight: Weight) -> list[tuple[float, float]]:
-    """A schedule's points (share of the run, weight); a number is one point."""
-    return list(weight) if isinstance(weight, tuple) else [(0.0, weight)]
-
-
-def weight_at(weight: Weight, progress: float) -> float:
-    """A schedule's value: linear between its points, constant before the first and after the last."""
-    points = points_of(weight)
-    for (left, low), (right, high) in pairwise(points):
-        if left <= progress < right:
-            return low + (high - low) * (progress - left) / (right - left)
-    return points[-1][1] if progress >= points[-1][0] else points[0][1]
-
-
-class GoalBatch(NamedTuple):
-    """One rank's batch; M local pairs, ragged over B pictures.
-
-    images_B3SS     uint8 pictures, already resized and cropped
-    text_BL         int64 caption ids, padded with 0 to the batch's longest
-    crops_M3SS      uint8 region crops
-    sentences_ML    int64 sentence ids, padded likewise
-    boxes_M4        float32 (x0, y0, x1, y1) in patch cells; zero area = left out of the image TSL
-    spans_M2        int64 half-open token spans within text_BL; (-1, -1) = left out of the text TSL
-    sample_index_M  int64 row of images_B3SS that each pair belongs to, non-decreasing
-    counts_R4       what `count_batch` finds on every rank, int64 on the CPU; None on one rank, or to have the step
-                    gather it, which stalls a GPU
-    """
-
-    images_B3SS: Tensor
-    text_BL: Tensor
-    crops_M3SS: Tensor
-    sentences_ML: Tensor
-    boxes_M4: Tensor
-    spans_M2: Tensor
-    sample_index_M: Tensor
-    counts_R4: Tensor | None = None
-
-
-def count_batch(batch: GoalBatch) -> Tensor:
-    """Pictures, local pairs, regions in the image TSL and spans in the text TSL, int64 (4,), where the boxes are."""
-    x0, y0, x1, y1 = batch.boxes_M4.unbind(1)
-    start_M, end_M = batch.spans_M2.unbind(1)
-    sizes = torch.tensor([len(batch.images_B3SS), len(batch.crops_M3SS)], device=x0.device)
-    seen = torch.stack([((x1 > x0) & (y1 > y0)).sum(), ((end_M > start_M) & (start_M >= 0)).sum()])
-    return torch.cat([sizes, seen])
 
 
 class Features(NamedTuple):

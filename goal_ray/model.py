@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from goal_ray.errors import ConfigError, ModelError
-from goal_ray.model_config import ModelConfig
+from goal_ray.settings import ModelConfig
 from goal_ray.weights import create_model, empty_model, is_hf_folder, load_hf_folder
 
 CONFIG_FILE = "open_clip_config.json"

@@ -3,7 +3,6 @@
 `python -m goal_ray.train.benchmark --switches` measures the worth of each.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,33 +10,8 @@ import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 
-from goal_ray.config import strict
 from goal_ray.model import image_tower, text_tower
-
-
-@strict
-@dataclass(frozen=True)
-class StepConfig:
-    """How a step computes; none of this changes what it computes.
-
-    sdpa: attention by one projection and PyTorch's fused kernel, told that texts are causal; else open_clip's own
-    compile: torch.compile of the transformer blocks; minutes at the start, needs a C++ compiler; not with zero_stage=3
-    checkpoint_activations: recompute the blocks in the backward pass: a third more arithmetic for far less memory
-    channels_last: pictures and the patch convolution in NHWC
-    text_multiple: texts are padded to a multiple of so many tokens: few shapes to compile, aligned for tensor cores
-    fused_adamw: the optimizer's update in one kernel over all parameters
-    """
-
-    sdpa: bool = True
-    compile: bool = False
-    checkpoint_activations: bool = False
-    channels_last: bool = False
-    text_multiple: int = 8
-    fused_adamw: bool = True
-
-    def __post_init__(self) -> None:
-        if self.text_multiple < 1:
-            raise ValueError("text_multiple must be at least 1")
+from goal_ray.settings import StepConfig
 
 
 class FusedAttention(nn.MultiheadAttention):

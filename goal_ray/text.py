@@ -8,12 +8,15 @@ text, the cleaned caption as UTF-8 with all white space left out.
 import copy
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
-from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from tokenizers.models import BPE
 
 from goal_ray.errors import ModelError
+
+if TYPE_CHECKING:
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
 
 class EncodedCaption(NamedTuple):
@@ -34,6 +37,8 @@ class CaptionEncoder:
     """
 
     def __init__(self, tokenizer: Any):
+        from open_clip.tokenizer import HFTokenizer, SimpleTokenizer  # not where an encoder is unpickled, in readers
+
         self._tokens: _Tokens
         if isinstance(tokenizer, SimpleTokenizer) and tokenizer.reduction_fn is None:
             self._tokens = _SimpleTokens(tokenizer)
@@ -129,40 +134,43 @@ def _locate_sentences(
 class _SimpleTokens:
     """OpenAI's byte-level BPE: the bytes of its tokens, one after the other, are the dense text.
 
-    Each word is cut into tokens once and remembered: captions repeat their words, and open_clip, which remembers too,
-    takes far longer to find what it knows.
+    Holds what the tokenizer is made of instead of the tokenizer, whose class takes seconds to import where this is
+    unpickled. Each word is cut into tokens once and remembered: captions repeat their words.
     """
 
     WORDS = 2**16
 
-    def __init__(self, tokenizer: SimpleTokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: "SimpleTokenizer"):
         self.clean = tokenizer.clean_fn
+        self.pattern = tokenizer.pat
+        self.sign_of_byte = tokenizer.byte_encoder
+        self.start_id, self.end_id = tokenizer.sot_token_id, tokenizer.eot_token_id
+        self.bpe = BPE(tokenizer.encoder, list(tokenizer.bpe_ranks), end_of_word_suffix="</w>")
         self.bytes_of_id = {
             number: bytes(tokenizer.byte_decoder[sign] for sign in token.removesuffix("</w>"))
             for number, token in tokenizer.decoder.items()
         }
-        self.known: dict[str, list[int]] = {}
+        self.known = {tokenizer.decoder[number]: [number] for number in tokenizer.all_special_ids}
 
     def encode(self, caption: str, context_length: int) -> np.ndarray:
         return self._frame(self._body(self.clean(caption)), context_length)
 
     def _body(self, cleaned: str) -> list[int]:
-        """What `tokenizer.encode` gives for the text that it has cleaned."""
+        """What the tokenizer gives for the text that it has cleaned."""
         body: list[int] = []
-        for word in self.tokenizer.pat.findall(cleaned):
+        for word in self.pattern.findall(cleaned):
             ids = self.known.get(word)
             if ids is None:
-                signs = "".join(self.tokenizer.byte_encoder[byte] for byte in word.encode())
-                ids = [self.tokenizer.encoder[token] for token in self.tokenizer.bpe(signs).split(" ")]
+                signs = "".join(self.sign_of_byte[byte] for byte in word.encode())
+                ids = [token.id for token in self.bpe.tokenize(signs)]
                 if len(self.known) < self.WORDS:
                     self.known[word] = ids
             body += ids
         return body
 
     def _frame(self, body: list[int], context_length: int) -> np.ndarray:
-        ids = [self.tokenizer.sot_token_id, *body, self.tokenizer.eot_token_id][:context_length]
-        ids[-1] = self.tokenizer.eot_token_id
+        ids = [self.start_id, *body, self.end_id][:context_length]
+        ids[-1] = self.end_id
         return np.array(ids, np.int32)
 
     def locate(self, caption: str, context_length: int) -> _LocatedText:
@@ -185,7 +193,7 @@ class _FastTokens:
     every call, which fails now and then when threads meet there.
     """
 
-    def __init__(self, tokenizer: HFTokenizer):
+    def __init__(self, tokenizer: "HFTokenizer"):
         self.clean = tokenizer.clean_fn
         self.stripped_id = tokenizer.tokenizer.sep_token_id if tokenizer.strip_sep_token else None
         self.rust = copy.deepcopy(tokenizer.tokenizer.backend_tokenizer)

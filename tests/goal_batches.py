@@ -2,9 +2,9 @@
 
 import torch
 
-from goal_ray.losses import GoalBatch
+from goal_ray.goal_batch import GoalBatch
 from goal_ray.model import LoadedModel, load_model
-from goal_ray.model_config import ModelConfig
+from goal_ray.settings import ModelConfig
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 PAIRS_PER_IMAGE = [2, 0, 1, 3]

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_images import STORED
 
-from goal_ray.batches import ExampleBuilder, collate, decode_factor, pack, pixels_CHW, unpack
+from goal_ray.batches import ExampleBuilder, collate, decode_factor, pixels_CHW
 from goal_ray.errors import CaptionError, ImageError, ShardError
-from goal_ray.geometry import PixelGeometry, ResizeConfig, View, crop_box
+from goal_ray.geometry import PixelGeometry, View, crop_box
+from goal_ray.goal_batch import pack, unpack
 from goal_ray.images import decode_image
 from goal_ray.model import load_model
-from goal_ray.model_config import ModelConfig
 from goal_ray.pairs import Pair, PairRecord, Region
+from goal_ray.settings import ModelConfig, ResizeConfig
 from goal_ray.tars import Sample
 from goal_ray.text import CaptionEncoder
 

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from goal_ray.flops import PEAKS, image_flops, peak_flops, peak_of, step_flops, text_flops
 from goal_ray.model import encode_image, encode_text, image_tower
-from goal_ray.step import StepConfig, prepare_step
+from goal_ray.settings import StepConfig
+from goal_ray.step import prepare_step
 
 LENGTH = 9
 CUSTOM_BLOCKS = TINY_CLIP | {"text_cfg": TINY_CLIP["text_cfg"] | {"scale_attn": True, "scale_fc": True}}

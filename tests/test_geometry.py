@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
-from goal_ray.geometry import PixelGeometry, ResizeConfig, crop_box
+from goal_ray.geometry import PixelGeometry, crop_box, resize
+from goal_ray.settings import ResizeConfig
 
 SIZE, GRID = 64, (8, 8)
 MODES = ["shortest", "squash", "random_resized_crop"]
@@ -69,6 +70,21 @@ def test_a_tensor_becomes_the_same_square_as_a_pil_picture(mode, interpolation, 
     expected, _ = geometry(Image.fromarray(pixels), np.empty((0, 4)))
     square = geometry.square(torch.from_numpy(pixels).permute(2, 0, 1).to(dtype))
     assert (square.float() - torch.from_numpy(expected).float()).abs().max() <= 2
+
+
+@given(st.data())
+@settings(max_examples=100)
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_a_tensor_is_resized_exactly_as_torchvision_does_it(interpolation, channels, data):
+    height, width = data.draw(st.integers(1, 200)), data.draw(st.integers(1, 200))
+    new_height, new_width = data.draw(st.integers(8, 200)), data.draw(st.integers(8, 200))
+    picture = np.random.default_rng(width).integers(0, 256, (height, width, channels), np.uint8)
+    tensor = torch.from_numpy(picture).permute(2, 0, 1)  # as the readers hand it in, or with its channels apart
+    tensor = tensor if data.draw(st.booleans()) else tensor.contiguous()
+    mode = InterpolationMode(interpolation)
+    expected = v2.functional.resize(tensor, [new_height, new_width], mode, antialias=True)
+    assert torch.equal(resize(tensor, (new_height, new_width), interpolation), expected)
 
 
 def test_box_cut_away_by_center_crop_is_dropped():

@@ -8,8 +8,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from goal_batches import MEAN, STD, load, random_batch
 
+from goal_ray.goal_batch import GoalBatch, count_batch
 from goal_ray.gradcache import cached_gradients, split_batch
-from goal_ray.losses import GoalBatch, GoalModel, LossConfig, count_batch, gather_counts
+from goal_ray.losses import GoalModel, gather_counts
+from goal_ray.settings import LossConfig
 
 CONFIG = LossConfig(weight_local=0.5, weight_tsl_image=2.0, weight_tsl_text=3.0)
 

@@ -117,15 +117,18 @@ for package in (goal_ray, kernels):
 from pathlib import Path
 import numpy as np
 import torch
-from goal_ray.batches import ExampleBuilder, collate, pack, unpack
+from goal_ray.batches import ExampleBuilder, collate
+from goal_ray.goal_batch import pack, unpack
 from goal_ray.evaluate.run import evaluate
-from goal_ray.geometry import PixelGeometry, ResizeConfig
+from goal_ray.geometry import PixelGeometry
+from goal_ray.settings import ResizeConfig
 from goal_ray.images import decode_image
 from goal_ray.lism.config import MatcherConfig
 from goal_ray.lism.matching import Matcher, MatchTask
-from goal_ray.losses import GoalModel, LossConfig
+from goal_ray.losses import GoalModel
+from goal_ray.settings import LossConfig
 from goal_ray.model import load_model, save_model
-from goal_ray.model_config import ModelConfig
+from goal_ray.settings import ModelConfig
 from goal_ray.pairs import PairRecord, Region
 from goal_ray.regions import FelzenszwalbConfig, build_proposer, usable
 from goal_ray.scenes.run import SceneSettings, draw_scenes

@@ -11,16 +11,10 @@ from goal_batches import MEAN, STD, gradients, load, random_batch
 
 from goal_ray.config import load_config
 from goal_ray.errors import ModelError
+from goal_ray.goal_batch import GoalBatch, count_batch
 from goal_ray.gradcache import split_batch
-from goal_ray.losses import (
-    MAX_LOGIT_SCALE,
-    TERMS,
-    GoalBatch,
-    GoalModel,
-    LossConfig,
-    contrastive_terms,
-    count_batch,
-)
+from goal_ray.losses import MAX_LOGIT_SCALE, GoalModel, contrastive_terms
+from goal_ray.settings import TERMS, LossConfig
 
 
 def slow_goal_terms(clip, batch: GoalBatch) -> torch.Tensor:

@@ -7,7 +7,7 @@ from tiny_architecture import write_architecture
 
 from goal_ray.errors import ModelError
 from goal_ray.model import encode_image, encode_text, load_model, save_model, stretch_positions
-from goal_ray.model_config import ModelConfig
+from goal_ray.settings import ModelConfig
 
 VARIANTS = {
     "clip": {},

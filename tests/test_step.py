@@ -6,8 +6,9 @@ import pytest
 import torch
 from goal_batches import MEAN, STD, gradients, load, random_batch
 
-from goal_ray.losses import GoalModel, LossConfig
-from goal_ray.step import FusedAttention, StepConfig, prepare_step
+from goal_ray.losses import GoalModel
+from goal_ray.settings import LossConfig, StepConfig
+from goal_ray.step import FusedAttention, prepare_step
 
 PLAIN = StepConfig(sdpa=False)
 

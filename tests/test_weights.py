@@ -15,7 +15,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from goal_ray.errors import ModelError
 from goal_ray.model import encode_image, encode_text, load_model
-from goal_ray.model_config import ModelConfig
+from goal_ray.settings import ModelConfig
 from goal_ray.torchscript import read_torchscript
 
 # Two float32 implementations of the same sums, in another order.

@@ -15,10 +15,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from goal_ray.errors import GoalRayError, ModelError, ShardError, StageError
-from goal_ray.geometry import PixelGeometry, ResizeConfig, crop_box
+from goal_ray.geometry import PixelGeometry, crop_box
 from goal_ray.images import decode_image
 from goal_ray.model import LoadedModel, encode_image, encode_text
 from goal_ray.pairs import PairRecord, best_pairs
+from goal_ray.settings import ResizeConfig
 from goal_ray.storage import file_system
 from goal_ray.tars import PAIRS_EXTENSION, Sample, stream_samples
 from goal_ray.text import CaptionEncoder, pad_batch

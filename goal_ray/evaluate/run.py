@@ -13,8 +13,8 @@ import torch
 from goal_ray.errors import ConfigError, ModelError, StageError
 from goal_ray.evaluate.embed import describe_skip, embed_shards
 from goal_ray.model import load_model, usable_device
-from goal_ray.model_config import ModelConfig
 from goal_ray.retrieval import retrieval_metrics
+from goal_ray.settings import ModelConfig
 from goal_ray.storage import file_system, write_bytes
 from goal_ray.tars import expand_shards
 from goal_ray.train.checkpoint import resolve_checkpoint

@@ -13,10 +13,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from goal_ray import __version__
 from goal_ray.errors import StageError
-from goal_ray.losses import TERMS
 from goal_ray.model import LoadedModel, image_tower, logit_scale, text_tower
 from goal_ray.report.records import RunRecords, read_run
 from goal_ray.report.tables import COLUMNS, metrics_tables, settings
+from goal_ray.settings import TERMS
 from goal_ray.train.checkpoint import STATE_FILE, read_step
 from goal_ray.train.run import EXPORT_FOLDER as MODEL_FOLDER
 from goal_ray.train.run import SHARDS_FILE

@@ -9,7 +9,7 @@ from goal_ray.errors import StageError
 from goal_ray.export.card import CARD_FILE, write_card
 from goal_ray.export.hf import save_hf
 from goal_ray.model import LoadedModel, load_model, save_model
-from goal_ray.model_config import ModelConfig
+from goal_ray.settings import ModelConfig
 from goal_ray.train.result import best_checkpoint
 from goal_ray.train.run import CONFIG_FILE
 

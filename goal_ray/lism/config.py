@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from goal_ray.config import check_custom_resources, strict
-from goal_ray.model_config import ModelConfig
 from goal_ray.precision import Precision
 from goal_ray.regions import FelzenszwalbConfig, ProposerConfig
+from goal_ray.settings import ModelConfig
 
 
 @strict

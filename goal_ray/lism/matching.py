@@ -9,11 +9,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from goal_ray.geometry import PixelGeometry, ResizeConfig, outer_box
+from goal_ray.geometry import PixelGeometry, outer_box
 from goal_ray.lism.config import MatcherConfig
 from goal_ray.model import encode_image, encode_text, load_model
 from goal_ray.pairs import Pair
 from goal_ray.precision import autocast
+from goal_ray.settings import ResizeConfig
 from goal_ray.text import CaptionEncoder, pad_batch
 
 T = TypeVar("T")

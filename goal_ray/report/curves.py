@@ -11,9 +11,9 @@ from markupsafe import Markup, escape
 from matplotlib import style
 from matplotlib.figure import Figure
 
-from goal_ray.losses import TERMS
 from goal_ray.pages.colours import colour
 from goal_ray.report.records import RunRecords
+from goal_ray.settings import TERMS
 
 PANELS = {
     "loss": "loss, weighted sum",

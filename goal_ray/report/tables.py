@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from goal_ray.losses import TERMS, Weight
 from goal_ray.report.records import Evaluation, Retrieval, RunRecords
+from goal_ray.settings import TERMS, Weight
 
 SHARES = ("R@1", "R@5", "R@25", "R@50", "mAP")
 COLUMNS = (*SHARES, "median_rank")

@@ -6,10 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from goal_ray.config import check_custom_resources, strict
-from goal_ray.geometry import ResizeConfig
-from goal_ray.losses import LossConfig
-from goal_ray.model_config import ModelConfig
-from goal_ray.step import StepConfig
+from goal_ray.settings import LossConfig, ModelConfig, ResizeConfig, StepConfig
 
 
 @strict

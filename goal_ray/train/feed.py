@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from goal_ray.batches import unpack
 from goal_ray.errors import StageError
+from goal_ray.goal_batch import GoalBatch, count_batch, unpack
 from goal_ray.gradcache import split_batch
-from goal_ray.losses import GoalBatch, count_batch, world_size
+from goal_ray.losses import world_size
 
 AHEAD = 2
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
-from goal_ray.batches import ExampleBuilder, collate, pack
+from goal_ray.batches import ExampleBuilder, collate
 from goal_ray.errors import CaptionError, ImageError, ShardError
+from goal_ray.goal_batch import pack
 from goal_ray.order import BatchOrder
 from goal_ray.ray_session import quiet_ray_data
 from goal_ray.tars import Sample
@@ -31,8 +32,8 @@ READ_AHEAD = 8
 class BatchReader:
     """Reads one rank's micro-batches by their numbers; runs in Ray Data tasks.
 
-    builder        a pickled ExampleBuilder: its tokenizer takes longer to unpickle than a batch to read, so that every
-                   process does it once
+    builder        an ExampleBuilder as `pickled` gives it: its tokenizer takes longer to unpickle than a batch to read,
+                   so that every process does it once
     indexes        Ray's references to the tars' indexes, as `index_shards` gives them; without, each process scans the
                    tars that it meets
     text_multiple  as in `collate`
@@ -65,6 +66,19 @@ class BatchReader:
 
     def _index(self, shard: int, needs_pairs: bool) -> ShardIndex:
         return own_scan(self.urls[shard], needs_pairs) if self.indexes is None else fetched(self.indexes[shard])
+
+
+def pickled(builder: ExampleBuilder) -> bytes:
+    """The builder in bytes that are read without open_clip, whose import would take a reader 6 s and 300 MB."""
+    import open_clip.tokenizer
+    from ray import cloudpickle
+
+    # What is left of open_clip in a builder is the function that cleans its tokenizer's texts.
+    cloudpickle.register_pickle_by_value(open_clip.tokenizer)
+    try:
+        return bytes(cloudpickle.dumps(builder))
+    finally:
+        cloudpickle.unregister_pickle_by_value(open_clip.tokenizer)
 
 
 @lru_cache(maxsize=2)

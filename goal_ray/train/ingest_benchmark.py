@@ -4,7 +4,6 @@ import argparse
 import io
 import json
 import os
-import pickle
 import statistics
 import tempfile
 import time
@@ -20,15 +19,17 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from goal_ray.batches import ExampleBuilder, unpack
+from goal_ray.batches import ExampleBuilder
 from goal_ray.cli import run_main
 from goal_ray.errors import StageError
-from goal_ray.geometry import PixelGeometry, ResizeConfig
+from goal_ray.geometry import PixelGeometry
+from goal_ray.goal_batch import unpack
 from goal_ray.order import BatchOrder
 from goal_ray.ray_session import ray_session
+from goal_ray.settings import ResizeConfig
 from goal_ray.tars import CAPTION_EXTENSION, IMAGE_EXTENSIONS, PAIRS_EXTENSION, expand_shards
 from goal_ray.text import CaptionEncoder
-from goal_ray.train.ingest import BatchReader, stream_batches
+from goal_ray.train.ingest import BatchReader, pickled, stream_batches
 from goal_ray.train.photo_tars import write_photo_tars
 from goal_ray.train.scan import index_shards, scan_shard
 
@@ -203,7 +204,7 @@ def cpu_seconds() -> float:
 def make_reader(urls: list[str], counts: Sequence[int], batch: int, indexes: tuple[Any, ...] | None) -> BatchReader:
     """goal_ray's reader with the settings of a published run."""
     geometry = PixelGeometry(ResizeConfig(), SIZE_PX, GRID_HW)
-    builder = pickle.dumps(ExampleBuilder(geometry, geometry, CaptionEncoder(tokenizer()), CONTEXT, pairs=1))
+    builder = pickled(ExampleBuilder(geometry, geometry, CaptionEncoder(tokenizer()), CONTEXT, pairs=1))
     order = BatchOrder(tuple(counts), batch, seed=0, window_shards=16)
     return BatchReader(tuple(urls), order, 0, 1, 1, builder, indexes)
 

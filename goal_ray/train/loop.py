@@ -1,7 +1,6 @@
 """What every training worker runs: build, resume, step, log, save."""
 
 import json
-import pickle
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,12 +15,12 @@ import torch
 from goal_ray.batches import ExampleBuilder
 from goal_ray.errors import StageError
 from goal_ray.flops import peak_flops, step_flops
-from goal_ray.geometry import PixelGeometry, ResizeConfig
+from goal_ray.geometry import PixelGeometry
 from goal_ray.gradcache import cached_gradients
 from goal_ray.losses import GoalModel
 from goal_ray.model import LoadedModel, load_model
-from goal_ray.model_config import ModelConfig
 from goal_ray.order import BatchOrder
+from goal_ray.settings import ModelConfig, ResizeConfig
 from goal_ray.step import prepare_step
 from goal_ray.storage import write_bytes
 from goal_ray.text import CaptionEncoder
@@ -29,7 +28,7 @@ from goal_ray.train.checkpoint import CheckpointWriter, allocate_averages, load_
 from goal_ray.train.config import TrainConfig
 from goal_ray.train.engine import build_engine, freeze_tower, set_learning_rate
 from goal_ray.train.feed import Feed, MicroBatch
-from goal_ray.train.ingest import BatchReader, stream_batches
+from goal_ray.train.ingest import BatchReader, pickled, stream_batches
 from goal_ray.train.scan import QUARANTINE_FILE, describe_bad, own_scan
 from goal_ray.train.window import LogWindow
 
@@ -85,7 +84,7 @@ def run_steps(job: Job, rank: int, ranks: int, device: torch.device) -> None:
     first_step = 0 if job.resume_from is None else read_step(job.resume_from)
     preprocess = loaded.preprocess
     preprocess["resize_mode"] = "squash" if config.data.resize.mode == "squash" else "shortest"
-    builder = pickle.dumps(build_examples(config, loaded))
+    builder = pickled(build_examples(config, loaded))
     multiple = config.step.text_multiple
     reader = BatchReader(job.urls, order, rank, ranks, config.accumulate, builder, job.indexes, multiple)
     packed = read_batches(job, reader, first_step * config.accumulate, total_steps * config.accumulate)

@@ -20,7 +20,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from goal_ray.losses import TERMS
+from goal_ray.settings import TERMS
 
 REFRESH_S = 5.0
 PREFIX = "goal_ray_train_"

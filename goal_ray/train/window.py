@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from goal_ray.losses import TERMS, world_size
+from goal_ray.losses import world_size
+from goal_ray.settings import TERMS
 from goal_ray.train.feed import MicroBatch
 from goal_ray.train.meter import EnergyMeter
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from goal_ray.model import load_model, save_model
-from goal_ray.model_config import ModelConfig
 from goal_ray.scenes.run import SceneSettings, draw_scenes
+from goal_ray.settings import ModelConfig
 
 
 @pytest.fixture(scope="module")

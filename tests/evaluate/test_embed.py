@@ -9,8 +9,8 @@ import torch
 from goal_ray.errors import ModelError
 from goal_ray.evaluate.embed import add_new, embed_shards, size_bytes
 from goal_ray.model import load_model
-from goal_ray.model_config import ModelConfig
 from goal_ray.scenes.run import SceneSettings, draw_scenes
+from goal_ray.settings import ModelConfig
 
 
 @pytest.fixture(scope="module")

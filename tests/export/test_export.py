@@ -12,7 +12,7 @@ from tiny_architecture import write_architecture
 from goal_ray.errors import StageError
 from goal_ray.export.run import export
 from goal_ray.model import encode_text, load_model
-from goal_ray.model_config import ModelConfig
+from goal_ray.settings import ModelConfig
 from goal_ray.train.checkpoint import resolve_checkpoint
 
 

@@ -19,9 +19,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from goal_ray.errors import ModelError
 from goal_ray.export.hf import save_hf
 from goal_ray.export.run import export
-from goal_ray.geometry import PixelGeometry, ResizeConfig
+from goal_ray.geometry import PixelGeometry
 from goal_ray.model import LoadedModel, encode_image, encode_text, load_model
-from goal_ray.model_config import ModelConfig
+from goal_ray.settings import ModelConfig, ResizeConfig
 
 OURS = SimpleTokenizer(context_length=248)
 # Two float32 implementations of the same sums, in another order.

@@ -12,7 +12,7 @@ from PIL import Image
 
 from goal_ray.lism.config import MatcherConfig
 from goal_ray.lism.matching import Matcher, MatchTask, pick_pairs
-from goal_ray.model_config import ModelConfig
+from goal_ray.settings import ModelConfig
 
 
 @pytest.fixture(scope="module")

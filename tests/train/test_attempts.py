@@ -2,7 +2,7 @@
 
 import pytest
 
-from goal_ray.model_config import ModelConfig
+from goal_ray.settings import ModelConfig
 from goal_ray.train.attempts import most_workers
 from goal_ray.train.config import DataConfig, TrainConfig
 

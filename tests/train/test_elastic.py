@@ -11,7 +11,7 @@ import pytest
 from paired_shards import write_shards
 
 from goal_ray.config import to_yaml
-from goal_ray.model_config import ModelConfig
+from goal_ray.settings import ModelConfig
 from goal_ray.train.config import DataConfig, OptimizerConfig, TrainConfig
 from goal_ray.train.recorder import read_records
 

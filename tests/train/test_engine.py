@@ -14,7 +14,7 @@ STEPS, SAVED_AT = 4, 2
 
 
 def make_batch(step: int, rank: int):
-    from goal_ray.losses import GoalBatch
+    from goal_ray.goal_batch import GoalBatch
 
     generator = torch.Generator().manual_seed(100 * step + rank)
     ids = torch.randint(1, 40000, (4, 12), generator=generator)
@@ -31,8 +31,9 @@ def make_batch(step: int, rank: int):
 
 
 def as_micro_batch(batch, chunks: int):
+    from goal_ray.goal_batch import count_batch
     from goal_ray.gradcache import split_batch
-    from goal_ray.losses import count_batch, gather_counts
+    from goal_ray.losses import gather_counts
     from goal_ray.train.feed import MicroBatch
 
     counts = gather_counts(count_batch(batch))
@@ -46,7 +47,7 @@ def run_stage(folder: Path, config, resume_from: Path | None, rank: int, save: b
     """
     from goal_ray.losses import GoalModel
     from goal_ray.model import load_model
-    from goal_ray.model_config import ModelConfig
+    from goal_ray.settings import ModelConfig
     from goal_ray.step import prepare_step
     from goal_ray.train.checkpoint import CheckpointWriter, allocate_averages, load_averages, read_step
     from goal_ray.train.engine import build_engine, freeze_tower, set_learning_rate
@@ -78,7 +79,7 @@ def run_stage(folder: Path, config, resume_from: Path | None, rank: int, save: b
 
 def run_rank(rank: int, folder: str, tiny_clip: str) -> None:
     os.environ.update(DS_ACCELERATOR="cpu", RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE="2")
-    from goal_ray.model_config import ModelConfig
+    from goal_ray.settings import ModelConfig
     from goal_ray.train.config import DataConfig, OptimizerConfig, TrainConfig
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)

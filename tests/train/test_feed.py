@@ -9,9 +9,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from goal_batches import load, random_batch
 
-from goal_ray.batches import pack
 from goal_ray.errors import StageError
-from goal_ray.losses import count_batch
+from goal_ray.goal_batch import count_batch, pack
 from goal_ray.train.feed import Feed
 
 CPU = torch.device("cpu")

@@ -1,23 +1,21 @@
 """What the workers read: the scan of the shards, and the stream of micro-batches."""
 
 import json
-import pickle
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from paired_shards import write_shards
 
-from goal_ray.batches import unpack
 from goal_ray.errors import ShardError
-from goal_ray.losses import LossConfig
+from goal_ray.goal_batch import unpack
 from goal_ray.model import load_model
-from goal_ray.model_config import ModelConfig
 from goal_ray.order import BatchOrder
+from goal_ray.settings import LossConfig, ModelConfig
 from goal_ray.tars import expand_shards, write_tar
 from goal_ray.train import ingest, scan
 from goal_ray.train.config import DataConfig, TrainConfig
-from goal_ray.train.ingest import BatchReader, stream_batches
+from goal_ray.train.ingest import BatchReader, pickled, stream_batches
 from goal_ray.train.loop import build_examples
 from goal_ray.train.scan import index_shards, read_sample, scan_shard
 
@@ -30,7 +28,7 @@ def make_reader(folder, tiny_clip, rank=0, ranks=1, pairs=1, loss=None, accumula
     config = TrainConfig(ModelConfig(tiny_clip), DataConfig(str(folder), pairs_per_image=pairs), loss)
     counts = tuple(len(scan_shard(url, loss.needs_pairs)) for url in urls)
     order = BatchOrder(counts, BATCH * ranks * accumulate, seed=3, window_shards=16)
-    builder = pickle.dumps(build_examples(config, load_model(config.model)))
+    builder = pickled(build_examples(config, load_model(config.model)))
     return BatchReader(urls, order, rank, ranks, accumulate, builder, **fields)
 
 

@@ -6,7 +6,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from goal_ray.errors import ConfigError
-from goal_ray.model_config import ModelConfig
+from goal_ray.settings import ModelConfig
 from goal_ray.train.config import DataConfig, TrainConfig
 from goal_ray.train.loggers import open_loggers
 

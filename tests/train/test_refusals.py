@@ -10,8 +10,7 @@ from safetensors.torch import save_file
 
 from goal_ray.config import load_config, to_yaml
 from goal_ray.errors import ConfigError, GoalRayError, ShardError, StageError
-from goal_ray.losses import LossConfig
-from goal_ray.model_config import ModelConfig
+from goal_ray.settings import LossConfig, ModelConfig
 from goal_ray.train.config import DataConfig, TrainConfig
 from goal_ray.train.loop import Job, train_worker
 from goal_ray.train.run import check_backend, train

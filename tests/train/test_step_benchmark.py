@@ -6,8 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from goal_ray.losses import LossConfig
-from goal_ray.step import StepConfig
+from goal_ray.settings import LossConfig, StepConfig
 from goal_ray.timing import measure
 from goal_ray.train.benchmark import competitors
 from goal_ray.train.benchmark.__main__ import SWITCHES, main, turn

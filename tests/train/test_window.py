@@ -4,7 +4,7 @@ import pytest
 import torch
 from goal_batches import load, random_batch
 
-from goal_ray.losses import count_batch
+from goal_ray.goal_batch import count_batch
 from goal_ray.train.feed import MicroBatch
 from goal_ray.train.window import LogWindow
 

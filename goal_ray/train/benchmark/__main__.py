@@ -13,7 +13,7 @@ import torch
 from goal_ray.cli import run_main
 from goal_ray.errors import ConfigError
 from goal_ray.model import usable_device
-from goal_ray.step import StepConfig
+from goal_ray.settings import StepConfig
 from goal_ray.train.benchmark.competitors import COMPETITORS
 from goal_ray.train.benchmark.measure import compare
 from goal_ray.train.benchmark.table import show_competitors, show_switches

@@ -10,8 +10,9 @@ import torch
 from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 
-from goal_ray.losses import GoalModel, LossConfig
+from goal_ray.losses import GoalModel
 from goal_ray.model import LoadedModel, image_tower, text_tower
+from goal_ray.settings import LossConfig
 from goal_ray.step import prepare_step
 from goal_ray.timing import timed
 from goal_ray.train.benchmark.published import published_loss

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from goal_ray.batches import Example, collate
 from goal_ray.flops import step_flops
-from goal_ray.losses import GoalBatch, count_batch
+from goal_ray.goal_batch import GoalBatch, count_batch
 from goal_ray.model import LoadedModel, load_model
-from goal_ray.model_config import ModelConfig
-from goal_ray.step import StepConfig
+from goal_ray.settings import ModelConfig, StepConfig
 from goal_ray.text import CaptionEncoder
 
 Precision = Literal["fp32", "bf16"]
