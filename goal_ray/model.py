@@ -21,11 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from goal_ray.errors import ConfigError, ModelError
-from goal_ray.settings import ModelConfig
+from goal_ray.settings import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, ModelConfig
 from goal_ray.weights import create_model, empty_model, is_hf_folder, load_hf_folder
 
-CONFIG_FILE = "open_clip_config.json"
-WEIGHTS_FILE = "open_clip_model.safetensors"
 KEPT_POSITIONS = 20
 
 
@@ -251,7 +249,7 @@ def _architecture_name(name: str) -> str:
     if open_clip.get_model_config(name) is None:
         raise ModelError(
             f"model {name!r} is neither an open_clip architecture (see open_clip.list_models()), nor a .json file, "
-            f"nor a folder with {CONFIG_FILE}"
+            f"nor a folder with {OPEN_CLIP_CONFIG}"
         )
     return name
 
@@ -260,18 +258,18 @@ def _load_folder(folder: Path, weights: str | None) -> tuple[nn.Module, Any, dic
     """Model, tokenizer and architecture."""
     if weights is not None:
         raise ModelError(f"{folder} brings its own weights; leave model.weights empty")
-    if not (folder / CONFIG_FILE).is_file() and is_hf_folder(folder):
+    if not (folder / OPEN_CLIP_CONFIG).is_file() and is_hf_folder(folder):
         clip, model_cfg = load_hf_folder(folder)
         return clip, SimpleTokenizer(context_length=model_cfg["text_cfg"]["context_length"]), model_cfg
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
+    for file in (OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS):
         if not (folder / file).is_file():
             raise ModelError(
                 f"{folder}: no {file} in this folder; is it a checkpoint, an exported model or Hugging Face's CLIP?"
             )
     name = f"local-dir:{folder}"
-    model_cfg = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["model_cfg"]
+    model_cfg = json.loads((folder / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))["model_cfg"]
     clip = empty_model(name)
-    clip.load_state_dict(load_file(folder / WEIGHTS_FILE))
+    clip.load_state_dict(load_file(folder / OPEN_CLIP_WEIGHTS))
     return clip, open_clip.get_tokenizer(name), model_cfg
 
 
@@ -283,8 +281,8 @@ def save_model(folder: Path, loaded: LoadedModel, weights: dict[str, Tensor]) ->
     folder.mkdir(parents=True, exist_ok=True)
     preprocess = {key: value for key, value in loaded.preprocess.items() if value is not None}
     config = {"model_cfg": loaded.model_cfg, "preprocess_cfg": preprocess}
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2), encoding="utf-8")
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS_FILE)
+    (folder / OPEN_CLIP_CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / OPEN_CLIP_WEIGHTS)
 
 
 def usable_device(name: str | None) -> str:

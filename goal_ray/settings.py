@@ -7,6 +7,9 @@ from typing import Literal
 
 from goal_ray.config import strict
 
+# The files of a folder that plain open_clip loads as `local-dir:`.
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
 TERMS = ("global", "local", "tsl_image", "tsl_text")
 Weight = float | tuple[tuple[float, float], ...]
 

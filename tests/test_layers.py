@@ -9,6 +9,12 @@ from pathlib import Path
 import pytest
 
 from goal_ray.__main__ import STAGES
+from goal_ray.batches import ExampleBuilder
+from goal_ray.geometry import PixelGeometry
+from goal_ray.model import load_model
+from goal_ray.settings import ModelConfig, ResizeConfig
+from goal_ray.text import CaptionEncoder
+from goal_ray.train.ingest import pickled
 
 ROOT = Path(__file__).parents[1]
 MODULES = {
@@ -178,9 +184,29 @@ def test_every_module_imports_and_the_core_runs_without_ray_and_deepspeed(tiny_c
 MODEL_LIBRARIES = {"torch", "torchvision", "open_clip", "timm", "transformers"}
 
 
-@pytest.mark.parametrize("name", ["goal_ray.lism.run", "goal_ray.lism.reading", "goal_ray.shards.__main__"])
-def test_what_runs_on_cpu_nodes_loads_no_model_library(name):
+def loaded_by(program: str, *arguments: str) -> set[str]:
+    """The model libraries that a new process has loaded after a program."""
+    command = [sys.executable, "-c", f"import sys; {program}; print(*sys.modules)", *arguments]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return MODEL_LIBRARIES & set(finished.stdout.split())
+
+
+@pytest.mark.parametrize("name", ["goal_ray.lism.run", "goal_ray.lism.reading", "goal_ray.train.run"])
+def test_drivers_and_the_readers_of_lism_load_no_model_library(name):
     # The imports of a reader of LISM, one for every CPU, would take 10 s and 800 MB instead of 0.4 s and 50 MB.
-    program = f"import sys, {name}; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert MODEL_LIBRARIES & set(loaded.stdout.split()) == set()
+    assert loaded_by(f"import {name}") == set()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_command_teaches_without_loading_a_model_library(stage):
+    assert loaded_by(f"import goal_ray.{stage}.__main__") == set()
+
+
+def test_the_readers_of_a_training_load_torch_alone(tiny_clip, tmp_path):
+    loaded = load_model(ModelConfig(tiny_clip))
+    geometry = PixelGeometry(ResizeConfig(), loaded.size_px, loaded.grid_HW)
+    builder = ExampleBuilder(geometry, geometry, CaptionEncoder(loaded.tokenizer), loaded.context_length, pairs=1)
+    stored = tmp_path / "builder"
+    stored.write_bytes(pickled(builder))
+    program = "from goal_ray.train.ingest import unpickled; unpickled(open(sys.argv[1], 'rb').read())"
+    assert loaded_by(program, str(stored)) == {"torch"}

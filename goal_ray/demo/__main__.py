@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from goal_ray.cli import parser, run_main
-from goal_ray.demo.run import run_demo
 from goal_ray.errors import ConfigError
 
 DESCRIPTION = """Run every stage for real on this machine, and measure what GOAL brings.
@@ -30,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = command.parse_args(arguments)
     if options.seeds < 1:
         raise ConfigError("--seeds must be at least 1")
+    from goal_ray.demo.run import run_demo  # after --help: torch takes seconds
+
     run_demo(options.out, range(options.seeds))
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from goal_ray.cli import parser, run_main
-from goal_ray.evaluate.run import evaluate, print_table, result_place
 
 DESCRIPTION = """Measure retrieval: recall at 1, 5, 25 and 50 and mAP in percent, and the median rank, from text to
 image and back. Recall at K is the share of captions (pictures) whose own picture (caption) is among the K most similar
@@ -46,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="fail above this share of unusable samples (default: %(default)s)",
     )
     options = command.parse_args(arguments)
+    from goal_ray.evaluate.run import evaluate, print_table, result_place  # after --help: torch takes seconds
+
     result = evaluate(
         options.checkpoint,
         options.shards,

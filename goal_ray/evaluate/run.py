@@ -18,8 +18,8 @@ from goal_ray.settings import ModelConfig
 from goal_ray.storage import file_system, write_bytes
 from goal_ray.tars import expand_shards
 from goal_ray.train.checkpoint import resolve_checkpoint
+from goal_ray.train.result import EVALUATION_FOLDER
 
-EVALUATION_FOLDER = "evaluation"
 SKIPPED_SHOWN = 5
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from goal_ray.cli import parser, run_main
-from goal_ray.export.run import FORMATS, export
 
 DESCRIPTION = """Write a model as a folder for others, with a model card, README.md: how to load it, architecture,
 start, settings, data, losses, retrieval metrics and cost, as far as the run folder knows them.
@@ -22,11 +21,15 @@ of this checkpoint."""
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line, exports, says where the folder is."""
     command = parser("export", DESCRIPTION, "goal-ray export runs/goal --format hf", {"RUN": "model to export"})
-    command.add_argument("--format", choices=FORMATS, default="open_clip", help="whose layout (default: %(default)s)")
+    command.add_argument(
+        "--format", choices=("open_clip", "hf"), default="open_clip", help="whose layout (default: %(default)s)"
+    )
     command.add_argument(
         "--out", metavar="FOLDER", help="a new folder (default: RUN/export/FORMAT; needed where RUN is no run)"
     )
     options = command.parse_args(arguments)
+    from goal_ray.export.run import export  # after --help: torch takes seconds
+
     print(f"{options.format} model: {export(options.run, options.format, options.out)}")
 
 

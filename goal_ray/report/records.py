@@ -11,9 +11,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from goal_ray.config import load_config
 from goal_ray.errors import StageError
-from goal_ray.evaluate.run import EVALUATION_FOLDER
 from goal_ray.train.config import TrainConfig
 from goal_ray.train.recorder import METRICS_FILE
+from goal_ray.train.result import EVALUATION_FOLDER
 from goal_ray.train.run import CONFIG_FILE
 from goal_ray.train.scan import QUARANTINE_FILE
 

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from goal_ray.evaluate.run import evaluate
 from goal_ray.train.checkpoint import checkpoint_folder, checkpoint_folders, read_step
 from goal_ray.train.config import EvaluationConfig
 from goal_ray.train.recorder import read_records
@@ -92,12 +91,14 @@ class Evaluations:
     def _start(self, step: int) -> Any:
         import ray
 
-        task = ray.remote(evaluate).options(num_cpus=self.config.cpus, num_gpus=self.config.gpus, max_retries=2)
+        task = ray.remote(evaluate_checkpoint).options(
+            num_cpus=self.config.cpus, num_gpus=self.config.gpus, max_retries=2
+        )
         return task.remote(
             str(checkpoint_folder(self.run_dir, step)),
             self.config.shards,
-            device="cuda" if self.config.gpus else "cpu",
-            pairs=self.config.pairs,
+            "cuda" if self.config.gpus else "cpu",
+            self.config.pairs,
         )
 
     def _take(self, step: int, reference: Any) -> None:
@@ -115,6 +116,13 @@ class Evaluations:
         self.draw(step, numbers)
         mark = ", the best so far" if self.best == step else ""
         return self.say(f"step {step}: {self.config.metric} {self.values[step]:.2f}{mark}")
+
+
+def evaluate_checkpoint(folder: str, shards: str, device: str, pairs: int) -> dict[str, Any]:
+    """As `goal_ray.evaluate.run.evaluate`, which only the process that evaluates needs to import."""
+    from goal_ray.evaluate.run import evaluate
+
+    return evaluate(folder, shards, device=device, pairs=pairs)
 
 
 def flatten(result: dict[str, Any]) -> dict[str, float]:

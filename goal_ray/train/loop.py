@@ -24,12 +24,13 @@ from goal_ray.settings import ModelConfig, ResizeConfig
 from goal_ray.step import prepare_step
 from goal_ray.storage import write_bytes
 from goal_ray.text import CaptionEncoder
-from goal_ray.train.checkpoint import CheckpointWriter, allocate_averages, load_averages, read_step
+from goal_ray.train.checkpoint import read_step
 from goal_ray.train.config import TrainConfig
 from goal_ray.train.engine import build_engine, freeze_tower, set_learning_rate
 from goal_ray.train.feed import Feed, MicroBatch
 from goal_ray.train.ingest import BatchReader, pickled, stream_batches
 from goal_ray.train.scan import QUARANTINE_FILE, describe_bad, own_scan
+from goal_ray.train.state import CheckpointWriter, allocate_averages, load_averages
 from goal_ray.train.window import LogWindow
 
 

@@ -8,6 +8,7 @@ from goal_ray.storage import write_bytes
 from goal_ray.train.checkpoint import checkpoint_folder, checkpoint_folders, resolve_checkpoint
 
 RESULT_FILE = "result.json"
+EVALUATION_FOLDER = "evaluation"
 
 
 def read_result(run_dir: Path) -> dict[str, Any]:

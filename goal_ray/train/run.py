@@ -14,10 +14,9 @@ from typing import Any
 
 from goal_ray.config import load_config, to_tree, to_yaml
 from goal_ray.errors import ConfigError, StageError
-from goal_ray.model import CONFIG_FILE as MODEL_CONFIG_FILE
-from goal_ray.model import WEIGHTS_FILE
 from goal_ray.order import BatchOrder
 from goal_ray.ray_session import is_joined, keep_ray_data_here, quiet_ray_data, ray_session
+from goal_ray.settings import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
 from goal_ray.tars import expand_shards, shard_name
 from goal_ray.train.attempts import Attempts, cluster_resources, lacking
 from goal_ray.train.checkpoint import checkpoint_folders, newest_intact, prune_checkpoints, read_step
@@ -29,7 +28,6 @@ from goal_ray.train.metrics import Metrics
 from goal_ray.train.recorder import METRICS_FILE, ProgressLine, RunRecorder
 from goal_ray.train.result import best_checkpoint, read_result, write_result
 from goal_ray.train.scan import QUARANTINE_FILE, describe_bad, index_shards
-from kernels.tsl import choose_backend
 
 __all__ = ["CONFIG_FILE", "COST_FILE", "METRICS_FILE", "QUARANTINE_FILE", "TrainResult", "train"]
 CONFIG_FILE = "config.yaml"
@@ -263,6 +261,10 @@ def choose_gpu(config: TrainConfig) -> bool:
 
 def check_backend(config: TrainConfig, use_gpu: bool) -> None:
     """Raises ConfigError for a TSL backend that the workers' devices cannot run."""
+    if config.loss.tsl_backend != "triton":  # the others run everywhere, and the import takes seconds
+        return
+    from kernels.tsl import choose_backend
+
     try:
         choose_backend(config.loss.tsl_backend, "cuda" if use_gpu else "cpu")
     except ValueError as error:
@@ -272,6 +274,6 @@ def check_backend(config: TrainConfig, use_gpu: bool) -> None:
 def export_model(checkpoint: Path, target: Path) -> Path:
     """Copies a checkpoint's open_clip files to a folder that plain open_clip loads as `local-dir:`."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in (MODEL_CONFIG_FILE, WEIGHTS_FILE):
+    for name in (OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS):
         shutil.copyfile(checkpoint / name, target / name)
     return target

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from goal_ray.errors import ConfigError, GoalRayError, ModelError, ShardError, StageError
 from goal_ray.evaluate.__main__ import main
 from goal_ray.evaluate.run import evaluate, resolve_model, result_place
-from goal_ray.model import WEIGHTS_FILE
+from goal_ray.settings import OPEN_CLIP_WEIGHTS
 from goal_ray.tars import index_shard, stream_samples, write_tar
 
 DIRECTIONS = ("text_to_image", "image_to_text")
@@ -223,7 +223,7 @@ def test_the_first_skipped_samples_are_shown_on_stderr(model, damaged, capsys):
 
 
 def test_an_architecture_takes_weights_from_a_file(tiny_clip, model, scenes):
-    result = evaluate(tiny_clip, str(scenes), weights=str(Path(model) / WEIGHTS_FILE))
+    result = evaluate(tiny_clip, str(scenes), weights=str(Path(model) / OPEN_CLIP_WEIGHTS))
     assert metrics(result) == metrics(evaluate(model, str(scenes)))
 
 
@@ -234,16 +234,16 @@ def test_random_weights_are_not_evaluated(name, scenes):
 
 
 def cut_weights(folder: Path) -> None:
-    data = (folder / WEIGHTS_FILE).read_bytes()
-    (folder / WEIGHTS_FILE).write_bytes(data[: len(data) // 2])
+    data = (folder / OPEN_CLIP_WEIGHTS).read_bytes()
+    (folder / OPEN_CLIP_WEIGHTS).write_bytes(data[: len(data) // 2])
 
 
 def empty_weights(folder: Path) -> None:
-    (folder / WEIGHTS_FILE).write_bytes(b"")
+    (folder / OPEN_CLIP_WEIGHTS).write_bytes(b"")
 
 
 def foreign_weights(folder: Path) -> None:
-    save_file({"weight": torch.zeros(3)}, folder / WEIGHTS_FILE)
+    save_file({"weight": torch.zeros(3)}, folder / OPEN_CLIP_WEIGHTS)
 
 
 def other_width(folder: Path) -> None:
@@ -254,7 +254,7 @@ def other_width(folder: Path) -> None:
 
 
 def no_weights(folder: Path) -> None:
-    (folder / WEIGHTS_FILE).unlink()
+    (folder / OPEN_CLIP_WEIGHTS).unlink()
 
 
 def cut_config(folder: Path) -> None:
@@ -266,8 +266,8 @@ def list_config(folder: Path) -> None:
 
 
 def diverged(folder: Path) -> None:
-    weights = load_file(folder / WEIGHTS_FILE)
-    save_file({name: tensor * float("nan") for name, tensor in weights.items()}, folder / WEIGHTS_FILE)
+    weights = load_file(folder / OPEN_CLIP_WEIGHTS)
+    save_file({name: tensor * float("nan") for name, tensor in weights.items()}, folder / OPEN_CLIP_WEIGHTS)
 
 
 @pytest.mark.parametrize(

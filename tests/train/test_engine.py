@@ -49,9 +49,10 @@ def run_stage(folder: Path, config, resume_from: Path | None, rank: int, save: b
     from goal_ray.model import load_model
     from goal_ray.settings import ModelConfig
     from goal_ray.step import prepare_step
-    from goal_ray.train.checkpoint import CheckpointWriter, allocate_averages, load_averages, read_step
+    from goal_ray.train.checkpoint import read_step
     from goal_ray.train.engine import build_engine, freeze_tower, set_learning_rate
     from goal_ray.train.loop import train_step
+    from goal_ray.train.state import CheckpointWriter, allocate_averages, load_averages
 
     loaded = load_model(config.model if resume_from is None else ModelConfig(str(resume_from)), seed=0)
     prepare_step(loaded.clip, config.step)
