@@ -91,15 +91,9 @@ class Evaluations:
     def _start(self, step: int) -> Any:
         import ray
 
-        task = ray.remote(evaluate_checkpoint).options(
-            num_cpus=self.config.cpus, num_gpus=self.config.gpus, max_retries=2
-        )
-        return task.remote(
-            str(checkpoint_folder(self.run_dir, step)),
-            self.config.shards,
-            "cuda" if self.config.gpus else "cpu",
-            self.config.pairs,
-        )
+        task = ray.remote(evaluate_checkpoint)
+        reserved = task.options(num_cpus=self.config.cpus, num_gpus=self.config.gpus, max_retries=2)
+        return reserved.remote(str(checkpoint_folder(self.run_dir, step)), self.config)
 
     def _take(self, step: int, reference: Any) -> None:
         import ray
@@ -118,11 +112,11 @@ class Evaluations:
         return self.say(f"step {step}: {self.config.metric} {self.values[step]:.2f}{mark}")
 
 
-def evaluate_checkpoint(folder: str, shards: str, device: str, pairs: int) -> dict[str, Any]:
+def evaluate_checkpoint(folder: str, config: EvaluationConfig) -> dict[str, Any]:
     """As `goal_ray.evaluate.run.evaluate`, which only the process that evaluates needs to import."""
     from goal_ray.evaluate.run import evaluate
 
-    return evaluate(folder, shards, device=device, pairs=pairs)
+    return evaluate(folder, str(config.shards), device="cuda" if config.gpus else "cpu", pairs=config.pairs)
 
 
 def flatten(result: dict[str, Any]) -> dict[str, float]:

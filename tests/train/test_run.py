@@ -169,8 +169,9 @@ def logged(run_dir) -> int:
 
 
 def worker_pids() -> list[int]:
-    """The processes of Ray Train's workers on this machine."""
-    return [process.pid for process in psutil.process_iter() if "RayTrainWorker" in " ".join(process.cmdline())]
+    """The processes of Ray Train's workers in this session's cluster, whose node is a child of this process."""
+    mine = psutil.Process().children(recursive=True)
+    return [process.pid for process in mine if "RayTrainWorker" in " ".join(process.cmdline())]
 
 
 def assert_same_curve(run_dir, metrics) -> None:
