@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import IO, Literal, Self
+from typing import IO, Literal, NamedTuple, Self
 
 from braceexpand import braceexpand
 
@@ -295,27 +295,64 @@ def reading_headers(url: str) -> Iterator[tarfile.TarFile]:
             raise ShardError(f"{url}: corrupt or truncated tar: {error}") from None
 
 
-def index_shard(url: str) -> list[SampleIndex]:
-    """Finds every sample of a tar by reading only the headers, so that samples can be read in any order.
+class MemberPlace(NamedTuple):
+    """Where a member of a sample lies inside its tar; `sample` counts from 0."""
+
+    sample: int
+    key: str
+    extension: str
+    offset_bytes: int
+    size_bytes: int
+
+
+def member_places(url: str) -> list[MemberPlace]:
+    """The members of all samples of a tar, in order, found by reading only the headers.
 
     Raises ShardError on a corrupt or truncated tar.
     """
-    samples: list[SampleIndex] = []
+    places: list[MemberPlace] = []
     size = size_bytes(url)
     with reading_headers(url) as tar:
         for member in iter_members(tar):
-            info, extension = member.info, member.extension
+            info = member.info
             if member.sample < 0:
                 continue
             if info.offset_data + info.size > size:
                 raise tarfile.ReadError(f"member {info.name!r} reaches beyond the end of the file")
-            if member.sample == len(samples):
-                samples.append(SampleIndex(member.key, {}))
-            current = samples[-1]
-            again = (extension,) if extension in current.members else ()
-            place = {**current.members, extension: (info.offset_data, info.size)}
-            samples[-1] = SampleIndex(current.key, place, (*current.repeated, *again))
+            places.append(MemberPlace(member.sample, member.key, member.extension, info.offset_data, info.size))
+    return places
+
+
+def group_places(places: Iterable[MemberPlace]) -> list[SampleIndex]:
+    """The samples that members in order make up."""
+    samples: list[SampleIndex] = []
+    last = -1
+    for number, key, extension, offset, size in places:
+        if number != last:
+            samples.append(SampleIndex(key, {}))
+            last = number
+        current = samples[-1]
+        again = (extension,) if extension in current.members else ()
+        members = {**current.members, extension: (offset, size)}
+        samples[-1] = SampleIndex(key, members, (*current.repeated, *again))
     return samples
+
+
+def index_shard(url: str) -> list[SampleIndex]:
+    """Finds every sample of a tar by its headers, to read them in any order. Raises as `member_places`."""
+    return group_places(member_places(url))
+
+
+def check_header(header: bytes, key: str, extension: str, size_bytes: int) -> None:
+    """Raises ShardError unless 512 bytes are the header of this member, as far as such a header tells."""
+    try:
+        info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        raise ShardError(f"no header of .{extension} where the index says: {error}") from None
+    # A long name, or one that is not ASCII, may stand elsewhere.
+    readable = len(info.name) < 100 and info.name.isascii() and "?" not in info.name
+    if info.size != size_bytes or (readable and split_name(info.name) != (key, extension)):
+        raise ShardError(f"{info.name!r} of {info.size} bytes stands where the index says .{extension} of {size_bytes}")
 
 
 def write_tar(url: str, samples: Iterator[tuple[str, Mapping[str, bytes]]]) -> int:
@@ -339,13 +376,18 @@ def stored_bytes(key: str, members: Mapping[str, bytes]) -> int:
     """How many bytes a sample takes in a tar of `write_samples`, headers and padding included."""
     sizes = {f"{key}.{extension}": len(data) for extension, data in members.items()}
     headers = sum(len(member_info(name, size).tobuf(tarfile.GNU_FORMAT)) for name, size in sizes.items())
-    return headers + sum(-(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE for size in sizes.values())
+    return headers + sum(map(padded_bytes, sizes.values()))
 
 
 def end_mark(content_bytes: int) -> bytes:
     """The zeros that end a tar of so many bytes of members: two blocks, and what fills the last record."""
     whole = -(-(content_bytes + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
     return bytes(whole - content_bytes)
+
+
+def padded_bytes(size_bytes: int) -> int:
+    """What a member of so many bytes takes in a tar, its header not counted."""
+    return -(-size_bytes // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
 def member_info(name: str, size_bytes: int) -> tarfile.TarInfo:

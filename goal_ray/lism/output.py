@@ -1,6 +1,7 @@
 """LISM's output folder: one paired tar per input tar, the quarantine, and what is done.
 
 OUT/NAME.tar               input members unchanged + KEY.pairs.json, renamed into place when complete
+OUT/index/NAME.tar.parquet where the tar's members lie (see goal_ray.tar_index)
 OUT/quarantine/NAME.jsonl  samples left out: shard, number in it, key, stage, reason
 OUT/done/NAME.json         counts of a finished shard, written last: a shard without it is done again, whole
 OUT/lism.json              the summary
@@ -16,7 +17,7 @@ import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
 
@@ -33,12 +34,16 @@ from goal_ray.storage import (
     remove_abandoned,
     write_bytes,
 )
+from goal_ray.tar_index import remove_index, write_index
 from goal_ray.tars import (
     PAIRS_EXTENSION,
     Member,
+    MemberPlace,
+    end_mark,
     iter_members,
     member_info,
     open_tar,
+    padded_bytes,
     read_member,
     shard_name,
 )
@@ -202,9 +207,12 @@ class OutputFolder:
                 write_bytes(self._quarantine(shard), lines.encode())
             else:
                 remove(self._quarantine(shard))
+            remove_index(self.tar(shard))
             if pairs:
                 copy = partial(write_paired_tar, shard, self.tar(shard), pairs)
-                counts.picks = counts.picks.placed(patiently(copy, self.tar(shard)))
+                written = patiently(copy, self.tar(shard))
+                write_index(self.tar(shard), written.places, written.size_bytes)
+                counts.picks = counts.picks.placed(written.parts)
             else:
                 remove(self.tar(shard))
         counts.add_work("write", seconds["write"], len(pairs))
@@ -212,26 +220,49 @@ class OutputFolder:
         return Work.done_here("write", len(pairs), seconds)
 
 
-def write_paired_tar(source: str, target: str, pairs: Mapping[int, bytes]) -> dict[int, tuple[int, int]]:
+class PairedTar(NamedTuple):
+    """What was written.
+
+    parts       sample number in the input tar -> (offset, size) in bytes of the part that holds the sample's members
+    places      of the members of all samples
+    size_bytes  of the tar
+    """
+
+    parts: dict[int, tuple[int, int]]
+    places: list[MemberPlace]
+    size_bytes: int
+
+
+def write_paired_tar(source: str, target: str, pairs: Mapping[int, bytes]) -> PairedTar:
     """Copies a tar member by member, adding each sample's pairs.json behind its members; no tar is held in memory.
 
     Samples that are not in `pairs` are left out; members of no sample are kept; an earlier pairs.json is replaced.
-    Reads up to the damage of a truncated tar, whose samples beyond it cannot be in `pairs`. Returns, for every sample,
-    offset and size in bytes of the part of the new tar that holds its members.
+    Reads up to the damage of a truncated tar, whose samples beyond it cannot be in `pairs`.
     """
     starts: dict[int, int] = {}
     parts: dict[int, tuple[int, int]] = {}
+    places: list[MemberPlace] = []
     with (
         open_read(source) as input_file,
         open_atomic(target) as output_file,
         tarfile.open(fileobj=output_file, mode="w", format=tarfile.PAX_FORMAT) as output,
     ):
 
+        def add(header: tarfile.TarInfo, data: bytes, key: str, extension: str) -> None:
+            """Adds a member, of a sample where it has a key."""
+            output.addfile(header, io.BytesIO(data))
+            if key:
+                # As a reader counts them: two samples of one key are one where what stood between them is left out.
+                sample = places[-1].sample + (places[-1].key != key) if places else 0
+                place = output.offset - padded_bytes(len(data))
+                places.append(MemberPlace(sample, key, extension, place, len(data)))
+
         def end_sample(member: Member) -> None:
             """Adds the pairs.json of the sample that `member` belongs to."""
             if member.sample in pairs:
                 data = pairs[member.sample]
-                output.addfile(member_info(f"{member.key}.{PAIRS_EXTENSION}", len(data)), io.BytesIO(data))
+                name = f"{member.key}.{PAIRS_EXTENSION}"
+                add(member_info(name, len(data)), data, member.key, PAIRS_EXTENSION)
                 start = starts[member.sample]
                 parts[member.sample] = (start, output.offset - start)
 
@@ -249,14 +280,15 @@ def write_paired_tar(source: str, target: str, pairs: Mapping[int, bytes]) -> di
                     data = read_member(tar, member.info) if member.info.isreg() else b""
                     # A sparse file's header tells of holes, which are filled now.
                     header = member_info(member.info.name, len(data)) if member.info.issparse() else member.info
-                    output.addfile(header, io.BytesIO(data))
+                    add(header, data, member.key, member.extension)
         except (tarfile.TarError, EOFError):
             if last is not None and last.sample in pairs:
                 raise
-            return parts
-        if last is not None:
-            end_sample(last)
-    return parts
+        else:
+            if last is not None:
+                end_sample(last)
+        content_bytes = output.offset
+    return PairedTar(parts, places, content_bytes + len(end_mark(content_bytes)))
 
 
 def summary(finished: Iterable[ShardCounts], seconds: float) -> dict[str, Any]:

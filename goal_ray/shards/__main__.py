@@ -15,12 +15,16 @@ from goal_ray.shards.reshard import Balance, reshard
 from goal_ray.shards.sources.detect import KINDS, SourceSettings
 from goal_ray.shards.sources.lists import CAPTION_COLUMNS, PICTURE_COLUMNS
 from goal_ray.shards.validate import validate_shards
+from goal_ray.shards.workers import map_shards
 from goal_ray.storage import join, open_atomic
+from goal_ray.tar_index import make_index
+from goal_ray.tars import expand_shards
 
 COMMANDS = {
     "make": "make shards of a folder, COCO JSON, CSV/TSV/JSONL/Parquet list, or img2dataset output",
     "inspect": "show what is in shards, quickly",
     "validate": "check shards against the contract, and list all that breaks it",
+    "index": "write beside each tar where its samples lie: trainings then start without reading the tars",
     "reshard": "spread samples over another number of shards, equally, also shuffled",
 }
 DESCRIPTION = """Tools for shards: WebDataset tars of KEY.jpg|jpeg|png|webp, KEY.txt and maybe other members.
@@ -58,6 +62,13 @@ wrong in KEY.pairs.json, its size against the picture's too. Folders in a tar ar
 
 Exit status: 0 without violations, 1 with some, 2 where shards cannot be read at all. Memory: 8 bytes per sample, twice
 that at the end, and a shard's keys per worker."""
+
+INDEX = """Write FOLDER/index/NAME.tar.parquet for every FOLDER/NAME.tar: the key, extension, place and size of members.
+
+A training looks for the samples of its tars when it starts and when it goes on. Without an index it reads the tars'
+headers, for which it reads remote tars (s3://…) whole; with one, some kilobytes of each. `goal-ray lism` writes indexes
+itself; this is for other tars. An index that fits its tar stays; one of a tar that has changed is written anew, and
+where nobody does so, a training reads the headers after all."""
 
 RESHARD = """Spread the samples of shards over other shards, equally many in each: NAME-000000.tar, … in OUT.
 
@@ -186,6 +197,15 @@ def run_validate(arguments: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
+def run_index(arguments: Sequence[str]) -> None:
+    """`goal-ray shards index`."""
+    command = parser("shards index", INDEX, "goal-ray shards index s3://bucket/captions/", SHARDS)
+    command.add_argument("--workers", metavar="N", type=int, help=WORKERS)
+    options = command.parse_args(arguments)
+    written = [new for _, new in map_shards(make_index, expand_shards(options.shards), options.workers, "index")]
+    print(f"{sum(written)} indexes written, {len(written) - sum(written)} were there")
+
+
 def run_reshard(arguments: Sequence[str]) -> None:
     """`goal-ray shards reshard`."""
     positionals = {**SHARDS, "OUT": "folder for the tars, another one than that of SHARDS"}
@@ -211,7 +231,13 @@ def run_reshard(arguments: Sequence[str]) -> None:
     print(f"{sum(counts)} samples in {len(counts)} tars of {min(counts)} to {max(counts)} under {options.out}")
 
 
-RUN = {"make": run_make, "inspect": run_inspect, "validate": run_validate, "reshard": run_reshard}
+RUN = {
+    "make": run_make,
+    "inspect": run_inspect,
+    "validate": run_validate,
+    "index": run_index,
+    "reshard": run_reshard,
+}
 
 if __name__ == "__main__":
     run_main(main)

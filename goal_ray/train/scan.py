@@ -1,4 +1,4 @@
-"""Which samples of the shards can be trained on, and where they lie, from the tars' headers alone.
+"""Which samples of the shards can be trained on, and where they lie, from the tars' indexes or headers alone.
 
 No torch here: it runs in many tasks.
 """
@@ -6,12 +6,14 @@ No torch here: it runs in many tasks.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from tarfile import BLOCKSIZE
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from goal_ray.errors import ShardError
 from goal_ray.storage import read_range
+from goal_ray.tar_index import index_url, read_index
 from goal_ray.tars import (
     CAPTION_EXTENSION,
     IMAGE_EXTENSIONS,
@@ -19,8 +21,10 @@ from goal_ray.tars import (
     PAIRS_EXTENSION,
     Sample,
     SampleIndex,
+    check_header,
+    group_places,
     image_extension,
-    index_shard,
+    member_places,
 )
 
 QUARANTINE_FILE = "quarantine.jsonl"
@@ -56,10 +60,11 @@ class ShardIndex:
 
 
 def scan_shard(url: str, needs_pairs: bool) -> ShardIndex:
-    """Finds the usable samples of a tar. Raises ShardError on a corrupt one."""
+    """Finds the usable samples of a tar by its index, or its headers. Raises ShardError on a corrupt tar."""
     keys, members, places = [], [], []
     bad = []
-    for sample in index_shard(url):
+    indexed = read_index(url)
+    for sample in group_places(member_places(url) if indexed is None else indexed):
         try:
             present = needed_members(sample, needs_pairs)
         except ShardError as error:
@@ -140,15 +145,25 @@ def index_shards(urls: Sequence[str], needs_pairs: bool) -> Scan:
 def read_sample(url: str, index: ShardIndex, number: int) -> Sample:
     """Reads the members that training uses, by one request: they stand side by side in the tar.
 
-    What stands between them is read too, and dropped. Raises OSError where the tar ends before them.
+    What stands between them is read too, and dropped. Raises ShardError where another member stands at a place, and
+    OSError where the tar ends before it.
     """
+    key = index.key(number)
     places_M2 = index.places_SM2[number]
     present = places_M2[:, 1] >= 0
-    start = int(places_M2[present, 0].min())
+    start = int(places_M2[present, 0].min()) - BLOCKSIZE
     data = memoryview(read_range(url, start, int(places_M2[present].sum(axis=1).max()) - start))
-    members = {
-        EXTENSIONS[extension]: bytes(data[offset - start : offset - start + size])
-        for extension, (offset, size) in zip(index.members_SM[number].tolist(), places_M2.tolist(), strict=True)
-        if size >= 0
-    }
-    return Sample(index.key(number), members)
+    members = {}
+    for extension, (offset, size) in zip(index.members_SM[number].tolist(), places_M2.tolist(), strict=True):
+        if size < 0:
+            continue
+        place = offset - start
+        try:
+            check_header(bytes(data[place - BLOCKSIZE : place]), key, EXTENSIONS[extension], size)
+        except ShardError as error:
+            raise ShardError(
+                f"{url}: sample {key!r}: {error}; was the tar changed? Delete {index_url(url)} if there is one, then "
+                "start again"
+            ) from None
+        members[EXTENSIONS[extension]] = bytes(data[place : place + size])
+    return Sample(key, members)

@@ -11,7 +11,8 @@ from odd_tars import GOOD, good, odd_but_good, read_members, write_members
 
 from goal_ray.lism.output import OutputFolder, ShardCounts, print_summary, summary, write_paired_tar
 from goal_ray.storage import size_bytes
-from goal_ray.tars import read_part, stream_samples
+from goal_ray.tar_index import index_url, read_index
+from goal_ray.tars import member_places, read_part, stream_samples
 
 BAD = {"shard": "in.tar", "key": "k", "stage": "decode", "reason": "torn"}
 
@@ -117,7 +118,8 @@ def test_a_shard_done_again_leaves_nothing_of_the_first_time(shard, folder):
     folder.finish(shard, {0: b"{}", 1: b"{}", 2: b"{}"}, [], counted(shard, 3, 0))
     assert os.listdir(f"{folder.url}/quarantine") == []
     folder.finish(shard, {}, [BAD] * 3, counted(shard, 0, 3))
-    assert sorted(os.listdir(folder.url)) == ["done", "quarantine"]
+    assert sorted(os.listdir(folder.url)) == ["done", "index", "quarantine"]
+    assert os.listdir(f"{folder.url}/index") == []
     assert set(folder.finished({shard: size_bytes(shard)})) == {shard}
 
 
@@ -181,9 +183,32 @@ def test_a_sample_is_read_from_its_part_of_the_paired_tar(tmp_path):
     write_members(tmp_path / "a.tar", odd_but_good())
     pairs = {number: b"{}" for number in range(len(GOOD)) if number != 2}
     target = str(tmp_path / "x.tar")
-    parts = write_paired_tar(str(tmp_path / "a.tar"), target, pairs)
+    parts = write_paired_tar(str(tmp_path / "a.tar"), target, pairs).parts
     assert list(parts) == list(pairs)
     assert [read_part(target, *part) for part in parts.values()] == list(stream_samples(target))
+
+
+def test_where_members_were_written_is_where_a_reader_finds_them(tmp_path):
+    twice = [*good("a"), *good("left out"), *good("a", seed=1)]  # now side by side
+    members = [*odd_but_good(), ("README", b"of no sample"), *twice]
+    write_members(tmp_path / "a.tar", members)
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        tar.addfile(*sparse("hole.bin"))
+    target = str(tmp_path / "x.tar")
+    left_out = 2, len(GOOD) + 1
+    pairs = {number: b"{}" for number in range(len(GOOD) + 4) if number not in left_out}
+    written = write_paired_tar(str(tmp_path / "a.tar"), target, pairs)
+    assert written.places == member_places(target)
+    assert written.size_bytes == size_bytes(target)
+
+
+def test_the_index_of_a_finished_shard_is_renewed_with_its_tar(shard, folder):
+    for pairs in ({0: b"{}", 1: b"{}", 2: b"{}"}, {1: b'{"again": 1}'}):
+        counts = counted(shard, len(pairs), 3 - len(pairs))
+        folder.finish(shard, pairs, [BAD] * (3 - len(pairs)), counts)
+        assert read_index(folder.tar(shard)) == member_places(folder.tar(shard))
+    folder.finish(shard, {}, [BAD] * 3, counted(shard, 0, 3))
+    assert not Path(index_url(folder.tar(shard))).exists()
 
 
 def test_the_summary_tells_seconds_rate_and_share_of_every_phase_over_all_shards(capsys):

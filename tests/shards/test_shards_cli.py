@@ -114,3 +114,11 @@ def test_a_wrong_call_shows_the_usage(call, arguments):
     status, printed, complaint = call("shards", *arguments)
     assert (status, printed) == (2, "")
     assert complaint.startswith("usage: goal-ray shards")
+
+
+def test_index_writes_what_is_missing(call, shards):
+    assert call("shards", "index", shards, "--workers", 1)[:2] == (0, "2 indexes written, 0 were there\n")
+    write_members(shards / "b.tar", [m for n in range(20) for m in good(f"b{n}")])
+    write_members(shards / "c.tar", good("c"))
+    assert call("shards", "index", shards, "--workers", 1)[:2] == (0, "2 indexes written, 1 were there\n")
+    assert sorted(path.name for path in (shards / "index").iterdir()) == [f"{name}.tar.parquet" for name in "abc"]
