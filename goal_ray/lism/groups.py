@@ -1,6 +1,7 @@
 """What travels through the pipeline: samples on their way, a few consecutive ones of a shard as a group."""
 
 import pickle
+import zlib
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,7 +30,7 @@ class Item:
     size         (W, H) of the stored picture
     picture_HW3  the working picture, RGB uint8, from decoding to matching
     regions      on the working picture, from proposing to matching
-    record       pairs.json, in the end
+    packed       pairs.json, in the end: compressed, for the driver holds those of all shards that are being read
     """
 
     number: int
@@ -41,7 +42,16 @@ class Item:
     size: tuple[int, int] = (0, 0)
     picture_HW3: np.ndarray | None = None
     regions: Regions | None = None
-    record: bytes = b""
+    packed: bytes = b""
+
+    @property
+    def record(self) -> bytes:
+        """pairs.json."""
+        return zlib.decompress(self.packed)
+
+    def done(self, record: bytes) -> "Item":
+        """The item with its pairs.json, and nothing that was needed for it."""
+        return Item(self.number, self.key, self.size_bytes, packed=zlib.compress(record, level=1))
 
     def failed(self, stage: str, error: Exception) -> "Item":
         """The item as the quarantine will record it."""

@@ -131,7 +131,7 @@ class Again:
         numbers = (number for number in range(self.earlier.samples) if number not in self.selection)
         paired = folder.paired(shard) if self.earlier.paired else ()
         return [
-            Item(number, printable(key), record=record) for number, (key, record) in zip(numbers, paired, strict=True)
+            Item(number, printable(key)).done(record) for number, (key, record) in zip(numbers, paired, strict=True)
         ]
 
 
@@ -275,12 +275,12 @@ def finish_shard(
             bad.append(bad_record(shard, item))
             counts.add_bad(bad[-1])
             continue
-        record = json.loads(item.record)
+        pairs[item.number] = item.record
+        record = json.loads(pairs[item.number])
         regions = record["regions"]
         whole = sum(regions[pair["region"]]["source"] == "image" for pair in record["pairs"])
         similarities = [pair["similarity"] for pair in record["pairs"]]
         counts.add_pairs(len(regions) - 1, len(record["sentences"]), similarities, whole)
-        pairs[item.number] = item.record
         at = shard_name(shard), item.number, item.key
         picks += [Pick(*at, pair["sentence"], pair["region"], pair["similarity"]) for pair in record["pairs"]]
     counts.picks = Picks.among(picks)

@@ -119,7 +119,7 @@ class ProposeRegions:
 
 
 class MatchSentences:
-    """Stage: replaces picture and regions by `record`; all crops and sentences go through the model together."""
+    """Stage: replaces picture and regions by the record; all crops and sentences go through the model together."""
 
     def __init__(self, config: LismConfig, provenance: dict[str, Any], device: str):
         # Here, where the model lives: the driver and the proposers have no use for open_clip.
@@ -130,9 +130,7 @@ class MatchSentences:
 
     def __call__(self, items: list[Item]) -> list[Item]:
         matched = zip(items, self.matcher.match([as_task(item) for item in items]), strict=True)
-        return [
-            Item(item.number, item.key, item.size_bytes, record=self.record(item, pairs)) for item, pairs in matched
-        ]
+        return [item.done(self.record(item, pairs)) for item, pairs in matched]
 
     def record(self, item: Item, pairs: list[Pair]) -> bytes:
         """The pairs.json of an item, its boxes in pixels of the stored picture."""

@@ -39,7 +39,7 @@ def make(folder: Path, name: str, captions: list[str], pairs: list[list[Pair]], 
         ends = [at for at, sign in enumerate(caption + "\n") if sign == "\n"]
         sentences = tuple(zip([0, *(end + 1 for end in ends[:-1])], ends, strict=True))
         record = PairRecord((40, 30), sentences, (WHOLE, LEFT), tuple(mine), {})
-        items.append(Item(number, shown, record=record.to_bytes()))
+        items.append(Item(number, shown).done(record.to_bytes()))
     shard = str(folder / "in" / f"{name}.tar")
     counts, _ = finish_shard(shard, size_bytes(shard), items, [], None, OutputFolder(str(folder / "out")))
     return counts

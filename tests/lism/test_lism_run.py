@@ -21,7 +21,8 @@ from goal_ray.lism.__main__ import main
 from goal_ray.lism.config import LismConfig
 from goal_ray.lism.run import run_lism
 from goal_ray.pairs import PairRecord
-from goal_ray.tars import stream_samples
+from goal_ray.tar_index import read_index
+from goal_ray.tars import member_places, stream_samples
 
 PAIRED = [name for name, (keys, _) in MIXED.items() if keys]
 
@@ -91,6 +92,12 @@ def test_every_sample_is_either_paired_or_in_the_quarantine_with_its_reason(mixe
 def test_a_tar_is_there_if_and_only_if_it_has_a_usable_sample_and_every_shard_is_done(mixed, name):
     assert (mixed.target / name).exists() == bool(MIXED[name][0])
     assert (mixed.target / "done" / f"{name}.json").exists()
+
+
+@pytest.mark.parametrize("name", [name for name, (keys, _) in MIXED.items() if keys])
+def test_every_tar_has_an_index_of_its_members(mixed, name):
+    tar = f"{mixed.target}/{name}"
+    assert read_index(tar) == member_places(tar)
 
 
 @pytest.mark.parametrize("name", ["odd näme 1.tar", "many.tar"])
