@@ -19,7 +19,7 @@ class Problem:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """A sample on its way; one with a problem passes every later stage untouched.
 
