@@ -91,6 +91,13 @@ def needed_members(sample: SampleIndex, needs_pairs: bool) -> tuple[str, str, st
     for extension in (picture, CAPTION_EXTENSION, PAIRS_EXTENSION):
         if sample.members.get(extension, (0, 0))[1] > LARGEST_MEMBER_BYTES:
             raise ShardError(f"sample {sample.key!r}: member .{extension} has more than {LARGEST_MEMBER_BYTES} bytes")
+    places = [sample.members[each] for each in (picture, CAPTION_EXTENSION, PAIRS_EXTENSION) if each in sample.members]
+    apart = max(offset + size for offset, size in places) - min(offset for offset, _ in places)
+    if apart > LARGEST_MEMBER_BYTES:
+        raise ShardError(
+            f"sample {sample.key!r}: its picture, caption and pairs stand {apart} bytes apart, more than "
+            f"{LARGEST_MEMBER_BYTES}; put them side by side, before larger members"
+        )
     return picture, CAPTION_EXTENSION, PAIRS_EXTENSION
 
 

@@ -164,9 +164,18 @@ def test_a_truncated_tar_is_refused(tmp_path):
 
 def test_the_scan_leaves_out_a_sample_with_a_member_that_is_too_large(tmp_path, monkeypatch):
     write_tar(
-        str(tmp_path / "x.tar"), iter([("a", {"jpg": b"p" * 101, "txt": b"A."}), ("b", {"jpg": b"p", "txt": b"B."})])
+        str(tmp_path / "x.tar"), iter([("a", {"jpg": b"p" * 4001, "txt": b"A."}), ("b", {"jpg": b"p", "txt": b"B."})])
     )
-    monkeypatch.setattr(scan, "LARGEST_MEMBER_BYTES", 100)
+    monkeypatch.setattr(scan, "LARGEST_MEMBER_BYTES", 4000)
     index = scan_shard(str(tmp_path / "x.tar"), needs_pairs=False)
     assert [index.key(number) for number in range(len(index))] == ["b"]
     assert [record["key"] for record in index.bad] == ["a"]
+
+
+def test_the_scan_leaves_out_a_sample_whose_members_stand_far_apart(tmp_path, monkeypatch):
+    far, near = {"jpg": b"p", "mp4": b"v" * 4000, "txt": b"A."}, {"jpg": b"p", "txt": b"B.", "mp4": b"v" * 4000}
+    write_tar(str(tmp_path / "x.tar"), iter([("a", far), ("b", near)]))
+    monkeypatch.setattr(scan, "LARGEST_MEMBER_BYTES", 2000)
+    index = scan_shard(str(tmp_path / "x.tar"), needs_pairs=False)
+    assert [index.key(number) for number in range(len(index))] == ["b"]
+    assert "side by side" in index.bad[0]["reason"]
