@@ -18,6 +18,7 @@ TOKEN_REMEDY = (
 )
 POLL_S = 1.0
 RECONNECT_S = 600.0
+STARTING_S = 120.0
 
 
 class JobFollower:
@@ -33,10 +34,18 @@ class JobFollower:
 
     def submit(self, command: Sequence[str], runtime_env: dict[str, Any], name: str | None) -> str:
         """Starts a command as a job, in a copy of the runtime environment's working folder. Returns the job's id."""
-        with explained(self.address):
-            return str(
-                self.client.submit_job(entrypoint=shlex.join(command), runtime_env=runtime_env, submission_id=name)
-            )
+        until = time.monotonic() + STARTING_S
+        while True:
+            try:
+                with explained(self.address):
+                    return self.client.submit_job(
+                        entrypoint=shlex.join(command), runtime_env=runtime_env, submission_id=name
+                    )
+            except StageError as error:
+                # A head answers some seconds before its node can start jobs.
+                if "No available agent" not in str(error) or time.monotonic() > until:
+                    raise
+                time.sleep(POLL_S)
 
     def status(self, job: str) -> Any:
         """The job's status; asked again for RECONNECT_S seconds where the cluster does not answer."""
