@@ -218,7 +218,7 @@ def resumed(mixed, tiny_clip, tmp_path_factory):
 def test_a_run_after_losses_gives_the_same_bytes_with_any_number_of_actors(mixed, resumed):
     before, after = outputs(mixed.target), outputs(resumed.target)
     changed = {name for name in {*before, *after} if before.get(name) != after.get(name)}
-    assert changed == {"cut.tar", "done/cut.tar.json", "quarantine/cut.tar.jsonl"}
+    assert changed == {"cut.tar", "index/cut.tar.parquet", "done/cut.tar.json", "quarantine/cut.tar.jsonl"}
 
 
 @pytest.mark.slow
