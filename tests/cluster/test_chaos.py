@@ -8,7 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -106,6 +106,13 @@ def node_with(fake: FakeCluster, worker: str) -> psutil.Process:
     raise AssertionError(f"no node runs {worker}")
 
 
+def end_node(raylet: psutil.Process) -> None:
+    """Kills a node with all that runs on it, as a machine goes that loses its power."""
+    for process in [*raylet.children(recursive=True), raylet]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
 def workers_of(raylet: psutil.Process, title: str) -> list[psutil.Process]:
     """The workers of a node whose process title holds a text."""
     return [process for process in raylet.children(recursive=True) if title in " ".join(process.cmdline())]
@@ -156,7 +163,7 @@ def test_lism_outlives_a_node(fake, scenes, tars, tiny_clip, tmp_path):
     lism = Lism(fake, tiny_clip, scenes, str(tmp_path / "out"))
     driver = lism.start()
     lism.wait(driver, 3)
-    node_with(fake, "StageActor").kill()
+    end_node(node_with(fake, "StageActor"))
     done = len(lism.tars())
     print(f"\nLISM, a node killed: the next tar after {lism.wait(driver, done + 1):.1f} s")
     with stopwatch("and from then on, with what the dead node had in hand"):
@@ -224,7 +231,7 @@ def test_a_training_outlives_a_node(fake, paired, losses, tiny_clip, tmp_path):
     training = Training(fake, tiny_clip, paired, tmp_path / "runs")
     driver = training.start()
     training.wait(driver, 2 * SAVED + 2)
-    node_with(fake, "RayTrainWorker").kill()
+    end_node(node_with(fake, "RayTrainWorker"))
     reached = len(training.losses())
     rewound = wait_for(driver, lambda: len(training.losses()) < reached)
     again = training.wait(driver, reached + 2)
