@@ -46,10 +46,11 @@ def write_index(tar: str, places: Sequence[MemberPlace], tar_bytes: int) -> None
 
 
 def read_index(tar: str) -> list[MemberPlace] | None:
-    """What the index of a tar says; None where there is none, a damaged one, or one of a tar of another size."""
+    """What the index of a tar says; None where none can be read that fits the tar's size and this version."""
     try:
         table = pyarrow.parquet.read_table(io.BytesIO(read_bytes(index_url(tar))))
-    except (FileNotFoundError, NotADirectoryError, pyarrow.ArrowInvalid):
+    # S3 says "forbidden" of what is missing to those who may not list.
+    except (FileNotFoundError, NotADirectoryError, PermissionError, pyarrow.ArrowInvalid):
         return None
     metadata = table.schema.metadata or {}
     if (
