@@ -8,7 +8,7 @@ Prometheus shows them with Ray's prefix, and counters with an ending: `ray_goal_
     goal_ray_lism_pairs             pairs in the tars written
     goal_ray_lism_shards_done       shards written
     goal_ray_lism_busy_seconds      seconds of work of all workers; tag `phase`: read, encode, propose, match, write
-    goal_ray_lism_images_per_second lately, as the live view shows it (a gauge)
+    goal_ray_lism_images_per_second lately, as the live view shows it (a gauge); there only while a run is on
 """
 
 from collections import Counter
@@ -38,14 +38,13 @@ class Metrics:
         self.busy_seconds = make(metrics.Counter, "busy_seconds", "seconds of work of all workers", "phase")
         self.images_per_second = make(metrics.Gauge, "images_per_second", "images through all stages, lately")
 
-    def group(self, images: int, bad_stages: Sequence[str], work: Sequence[Work], images_per_s: float) -> None:
+    def group(self, images: int, bad_stages: Sequence[str], work: Sequence[Work]) -> None:
         """A group is through; see `Progress.passed`."""
         add(self.images, images)
         for stage, count in Counter(bad_stages).items():
             add(self.quarantined, count, stage=stage)
         for each in work:
             self._busy(each)
-        self.speed(images_per_s)
 
     def shard(self, pairs: int, work: Work) -> None:
         """A shard is written."""
@@ -54,7 +53,7 @@ class Metrics:
         self._busy(work)
 
     def speed(self, images_per_s: float) -> None:
-        """How fast the run is now."""
+        """How fast the run is now; to be said every few seconds."""
         self.images_per_second.set(images_per_s)
 
     def _busy(self, work: Work) -> None:

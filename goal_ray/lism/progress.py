@@ -8,6 +8,7 @@ in which its workers worked; workers that reported nothing in it do not count. T
 """
 
 import sys
+import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
@@ -19,25 +20,28 @@ from goal_ray.lism.work import Work
 
 WINDOW_S = 30.0
 LINE_EVERY_S = 30.0
+BEAT_S = 5.0  # Ray forgets a gauge that is not set again
 SETTLED_S = 2.0  # before, a single report would decide the speed
 
 
 class Meter:
-    """What workers reported lately."""
+    """What workers reported lately; several threads may ask."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self.clock = clock
         self.began: float | None = None
         self.reports: deque[tuple[float, Work]] = deque()
+        self.lock = threading.Lock()
 
     def add(self, work: Work) -> None:
         """Takes one report; it is of now."""
         now = self.clock()
         start = now - sum(work.seconds.values())
-        self.began = start if self.began is None else min(self.began, start)
-        self.reports.append((now, work))
-        while self.reports[0][0] < now - self._window_s():
-            self.reports.popleft()
+        with self.lock:
+            self.began = start if self.began is None else min(self.began, start)
+            self.reports.append((now, work))
+            while self.reports[0][0] < now - self._window_s():
+                self.reports.popleft()
 
     def _window_s(self) -> float:
         longest = max((sum(work.seconds.values()) for _, work in self.reports), default=0.0)
@@ -46,11 +50,12 @@ class Meter:
     def _recent(self) -> tuple[float, list[Work]]:
         """The seconds looked at, and the reports in them; none before SETTLED_S."""
         now = self.clock()
-        running_s = 0.0 if self.began is None else now - self.began
-        span_s = min(self._window_s(), running_s)
-        if running_s < SETTLED_S:
-            return span_s, []
-        return span_s, [work for at, work in self.reports if at > now - span_s]
+        with self.lock:
+            running_s = 0.0 if self.began is None else now - self.began
+            span_s = min(self._window_s(), running_s)
+            if running_s < SETTLED_S:
+                return span_s, []
+            return span_s, [work for at, work in self.reports if at > now - span_s]
 
     def images_per_s(self) -> float:
         """Images that came through the pipeline, those for the quarantine too; 0 before that can be told."""
@@ -88,13 +93,25 @@ class Progress:
         )
         self.bar.set_description_str("starting")
         self.line_due = clock() + LINE_EVERY_S
+        self.over = threading.Event()
+        self.heart = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> "Progress":
+        self.heart.start()
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.over.set()
+        self.heart.join()
         self.metrics.speed(0.0)
         self.bar.close()
+
+    def _beat(self) -> None:
+        """Tells how fast the run is, most of all when nothing comes out of it."""
+        while True:
+            self.metrics.speed(self.meter.images_per_s())
+            if self.over.wait(BEAT_S):
+                return
 
     def passed(self, images: int, size_bytes: int, bad_stages: Sequence[str], work: Sequence[Work]) -> None:
         """A group is through.
@@ -106,7 +123,7 @@ class Progress:
         self.bad += len(bad_stages)
         for each in work:
             self.meter.add(each)
-        self.metrics.group(images, bad_stages, work, self.meter.images_per_s())
+        self.metrics.group(images, bad_stages, work)
         self._advance(size_bytes)
 
     def finished(self, pairs: int, work: Work) -> None:

@@ -219,6 +219,7 @@ class Attempts:
                     )
                 demand.start()
                 self.recorder.line.show(f"waiting for nodes: {lack}")
+                self.recorder.count_time()
                 time.sleep(POLL_S)
         finally:
             demand.end()

@@ -8,7 +8,7 @@ tag `run`, the run's folder. The driver sets them at every log line, and gauges 
     goal_ray_train_images_per_second  of the last log line (a gauge)
     goal_ray_train_data_wait_share    share of the last log line's time in which a worker waited for data (a gauge)
     goal_ray_train_workers            at work now (a gauge)
-    goal_ray_train_checkpoint_step    step of the newest checkpoint (a gauge)
+    goal_ray_train_checkpoint_step    step of the newest checkpoint, 0 before the first (a gauge)
     goal_ray_train_evaluation         results on held-out shards (a gauge); tag `metric`
     goal_ray_train_images             pictures trained on
     goal_ray_train_quarantined        unreadable samples met

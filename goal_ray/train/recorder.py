@@ -82,7 +82,8 @@ class RunRecorder:
             logger.close()
 
     def rewind(self, step: int) -> None:
-        """Goes on behind `step`: log lines beyond it are dropped, since they will come again."""
+        """Goes on behind `step`, the newest checkpoint's: log lines beyond it are dropped, since they come again."""
+        self.prometheus.set("checkpoint_step", step)
         if self.metrics is not None:
             self.metrics.close()
         path = self.run_dir / METRICS_FILE

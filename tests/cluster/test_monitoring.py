@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import promql_parser
@@ -79,6 +81,22 @@ def test_every_alert_says_what_is_wrong_and_what_to_do(rule):
     assert rule["labels"]["severity"] in ("warning", "critical")
     assert set(rule["annotations"]) == {"summary", "description"}
     assert re.fullmatch(r"\d+[mh]", rule.get("for", "1m"))
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs Prometheus's promtool")
+def test_the_alerts_fire_when_they_should_and_not_when_they_should_not():
+    command = ["promtool", "test", "rules", "alerts_test.yaml"]
+    tested = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True)
+    assert tested.returncode == 0, tested.stdout + tested.stderr
+
+
+def test_every_alert_is_tried_firing_and_silent():
+    tried = [
+        (each["alertname"], bool(each.get("exp_alerts")))
+        for test in yaml.safe_load((FOLDER / "alerts_test.yaml").read_text())["tests"]
+        for each in test["alert_rule_test"]
+    ]
+    assert set(tried) == {(rule["alert"], fires) for rule in RULES for fires in (True, False)}
 
 
 def test_prometheus_reads_the_alerts():

@@ -2,10 +2,12 @@
 
 import io
 import sys
+import time
 
 import pytest
 from tqdm import tqdm
 
+from goal_ray.lism import progress as progress_module
 from goal_ray.lism.progress import LINE_EVERY_S, Meter, Progress
 from goal_ray.lism.work import Work
 
@@ -94,6 +96,33 @@ def feed(progress, clock, seconds):
         clock.now += 1
         reports = [work("read", 0.08, 12), work("propose", 0.97, 12), work("match", 0.41, 12)]
         progress.passed(12, 100, ["decode"], reports)
+
+
+def test_the_speed_is_told_for_as_long_as_the_run_is_on_also_when_nothing_comes(clock, monkeypatch):
+    monkeypatch.setattr(progress_module, "BEAT_S", 0.001)
+    told = []
+    metrics = NoMetrics()
+    metrics.speed = told.append
+
+    def wait_for(speed):
+        until = time.monotonic() + 60
+        told.clear()
+        while not told or told[-1] != pytest.approx(speed):
+            assert time.monotonic() < until, told
+            time.sleep(0.001)
+
+    with Progress(60_000, 10, metrics, clock) as progress:
+        wait_for(0)
+        feed(progress, clock, 60)
+        wait_for(12)
+        clock.now += 100
+        wait_for(0)
+        feed(progress, clock, 60)
+        wait_for(12)
+    assert told[-1] == 0
+    told.clear()
+    time.sleep(0.02)
+    assert not told
 
 
 def test_without_a_terminal_there_is_a_line_now_and_then(clock, monkeypatch):
