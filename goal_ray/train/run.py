@@ -109,8 +109,13 @@ def train(config: TrainConfig, resume: bool | None = False) -> TrainResult:
     with ProgressLine(config.name) as line:
         resume_from = newest_intact(run_dir, line.say) if resume else None
         line.show("starting Ray")
-        with ray_session(busy_cpus), interruption() as interrupted:  # in this order: Ray sets a handler of its own
-            train_on_cluster(config, urls, run_dir, resume_from, line, interrupted, began)
+        try:
+            with ray_session(busy_cpus), interruption() as interrupted:  # in this order: Ray sets a handler of its own
+                train_on_cluster(config, urls, run_dir, resume_from, line, interrupted, began)
+        except OSError as error:
+            raise StageError(
+                f"{type(error).__name__}: {error}; run folder: {run_dir}; mend it, then go on with --resume"
+            ) from error
     result = read_result(run_dir)
     model_dir = export_model(best_checkpoint(run_dir), run_dir / EXPORT_FOLDER)
     cost = Cost.read(run_dir).line()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from goal_ray.errors import StageError
@@ -62,6 +63,25 @@ class CheckpointWriter:
         final = checkpoint_folder(self.run_dir, step)
         partial = final.with_name(f".{final.name}.tmp")
         shutil.rmtree(partial, ignore_errors=True)
+        try:
+            self._store(loaded, weights, averages, step, partial, final)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)  # it may hold the last of the room
+            raise StageError(
+                f"the checkpoint after step {step} cannot be written to {final.parent}: {error}; make room, or mend the "
+                "storage, then go on with --resume"
+            ) from error
+        self.saved(step)
+
+    def _store(
+        self,
+        loaded: LoadedModel,
+        weights: dict[str, torch.Tensor],
+        averages: dict[str, torch.Tensor],
+        step: int,
+        partial: Path,
+        final: Path,
+    ) -> None:
         save_model(partial, loaded, weights)
         save_file(averages, partial / OPTIMIZER_FILE)
         files = {path.name: file_mark(path) for path in sorted(partial.iterdir())}
@@ -71,7 +91,6 @@ class CheckpointWriter:
                 os.fsync(file.fileno())
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-        self.saved(step)
 
 
 def gather_state(engine: Any, loaded: LoadedModel) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None:

@@ -100,6 +100,13 @@ def test_a_dockerfile_with_a_mistake_is_not_clean(tmp_path):
     assert "DL3008" in found.stdout
 
 
+def test_login_shells_in_the_image_find_its_commands_too():
+    """Ray's launcher runs its commands in them, and they forget the image's PATH."""
+    text = (CLUSTER / "Dockerfile").read_text()
+    (folder,) = re.findall(r"^ENV PATH=(\S+):\$\{PATH\}", text, re.MULTILINE)
+    assert f'"PATH={folder}:\\${{PATH}}" > /etc/profile.d/goal_ray.sh' in text
+
+
 def test_the_image_holds_what_the_dockerfile_copies():
     copied = re.findall(r"^COPY (?!--from)(?:--\S+ )*(.+) \S+$", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE)
     kept = (ROOT / ".dockerignore").read_text().splitlines()

@@ -91,6 +91,42 @@ def wait_for(driver: subprocess.Popen, happened: Callable[[], bool]) -> float:
     return time.monotonic() - began
 
 
+class SmallDisk:
+    """A file system of its own, with room for so many bytes."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]
+        if subprocess.run(mount, capture_output=True, check=False).returncode:
+            pytest.skip("mounting a file system needs root")
+
+    def give(self, size_bytes: int) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={size_bytes}", self.folder], check=True)
+
+    def end(self) -> None:
+        subprocess.run(["umount", "--lazy", self.folder], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[SmallDisk]:
+    disk = SmallDisk(tmp_path / "disk")
+    yield disk
+    disk.end()
+
+
+def size_below(folder: Path) -> int:
+    """Bytes of all files under a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def fail(driver: subprocess.Popen) -> str:
+    """Waits for a driver that must fail; returns what it said."""
+    _, errors = driver.communicate(timeout=PATIENCE_S)
+    assert driver.returncode == 2, errors
+    return errors
+
+
 def finish(driver: subprocess.Popen) -> str:
     """Waits for a driver that must succeed; returns what it said."""
     _, errors = driver.communicate(timeout=PATIENCE_S)
@@ -227,6 +263,21 @@ def test_lism_waits_for_a_node_that_stands_still(fake, scenes, tars, tiny_clip, 
     assert lism.tars() == tars
 
 
+def test_lism_goes_on_after_its_disk_was_full(fake, scenes, tars, tiny_clip, disk):
+    lism = Lism(fake, tiny_clip, scenes, str(disk.folder / "out"))
+    disk.give(sum(map(len, tars.values())) // 2)
+    said = fail(lism.start())
+    assert "No space left on device" in said
+    assert "run the same command again" in said
+    assert "Traceback" not in said
+    assert lism.tars().items() < tars.items()
+    assert not list((disk.folder / "out").rglob("*.tmp"))
+    disk.give(1 << 30)
+    with stopwatch("LISM, its disk full half-way: the rest"):
+        finish(lism.start())
+    assert lism.tars() == tars
+
+
 def test_a_training_outlives_a_node(fake, paired, losses, tiny_clip, tmp_path):
     training = Training(fake, tiny_clip, paired, tmp_path / "runs")
     driver = training.start()
@@ -250,6 +301,22 @@ def test_a_training_goes_on_after_its_driver_was_killed(fake, paired, losses, ti
     again = training.start("--resume")
     print(f"\ntraining, the driver killed: step {STEPS // 2} after {training.wait(again, STEPS // 2):.1f} s")
     finish(again)
+    assert training.losses() == losses
+
+
+def test_a_training_goes_on_after_its_disk_was_full(fake, paired, losses, tiny_clip, disk):
+    training = Training(fake, tiny_clip, paired, disk.folder / "runs")
+    disk.give(1 << 30)
+    driver = training.start()
+    training.wait(driver, 2 * SAVED)
+    disk.give(size_below(disk.folder) + (1 << 16))
+    said = fail(driver)
+    assert "No space left on device" in said
+    assert "--resume" in said
+    assert "Traceback" not in said
+    disk.give(1 << 30)
+    with stopwatch("training, its disk full half-way: the rest"):
+        finish(training.start("--resume"))
     assert training.losses() == losses
 
 
