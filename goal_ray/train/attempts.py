@@ -17,6 +17,7 @@ from goal_ray.train.config import TrainConfig
 from goal_ray.train.demand import Demand
 from goal_ray.train.evaluation import Evaluations
 from goal_ray.train.mailbox import open_mailbox
+from goal_ray.train.network import process_group
 from goal_ray.train.recorder import RunRecorder
 from goal_ray.train.worker import worker_entry
 
@@ -145,7 +146,7 @@ class Attempts:
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
         from ray.train import RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.torch import TorchTrainer
 
         fields = {name: value for name, value in job.items() if name != "total_steps"}
         return TorchTrainer(
@@ -155,7 +156,7 @@ class Attempts:
                 use_gpu=self.use_gpu,
                 resources_per_worker=self.config.worker_bundle(self.use_gpu),
             ),
-            torch_config=TorchConfig(backend="nccl" if self.use_gpu else "gloo"),
+            torch_config=process_group("nccl" if self.use_gpu else "gloo"),
             run_config=RunConfig(name="ray", storage_path=str(self.run_dir)),
         )
 

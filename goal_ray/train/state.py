@@ -68,8 +68,8 @@ class CheckpointWriter:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)  # it may hold the last of the room
             raise StageError(
-                f"the checkpoint after step {step} cannot be written to {final.parent}: {error}; make room, or mend the "
-                "storage, then go on with --resume"
+                f"the checkpoint after step {step} cannot be written to {final.parent}: {error}; make room, or mend "
+                "the storage, then go on with --resume"
             ) from error
         self.saved(step)
 

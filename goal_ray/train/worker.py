@@ -23,6 +23,9 @@ def worker_entry(job_fields: dict[str, Any], mailbox: Any, use_gpu: bool) -> Non
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     context = ray.train.get_context()
     rank = context.get_world_rank()
+    os.environ["RANK"], os.environ["LOCAL_RANK"] = str(rank), str(context.get_local_rank())
+    os.environ["WORLD_SIZE"] = str(context.get_world_size())
+    os.environ["LOCAL_WORLD_SIZE"] = str(context.get_local_world_size())
     if not use_gpu:
         use_all_cpus(context.get_local_world_size())
         # DeepSpeed would compile its shared-memory operator, for half a minute and only where a compiler is; it serves

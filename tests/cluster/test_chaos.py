@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from fake_cluster import FakeCluster
+from processes import workers_below
 
 from goal_ray.scenes.run import SceneSettings, draw_scenes
 from goal_ray.storage import list_names, read_bytes, write_bytes
@@ -137,7 +138,7 @@ def finish(driver: subprocess.Popen) -> str:
 def node_with(fake: FakeCluster, worker: str) -> psutil.Process:
     """A node on which a worker of this name runs."""
     for raylet in fake.raylets():
-        if workers_of(raylet, worker):
+        if workers_below(raylet, worker):
             return raylet
     raise AssertionError(f"no node runs {worker}")
 
@@ -147,11 +148,6 @@ def end_node(raylet: psutil.Process) -> None:
     for process in [*raylet.children(recursive=True), raylet]:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-
-
-def workers_of(raylet: psutil.Process, title: str) -> list[psutil.Process]:
-    """The workers of a node whose process title holds a text."""
-    return [process for process in raylet.children(recursive=True) if title in " ".join(process.cmdline())]
 
 
 @contextmanager
@@ -252,7 +248,7 @@ def test_lism_waits_for_a_node_that_stands_still(fake, scenes, tars, tiny_clip, 
     lism = Lism(fake, tiny_clip, scenes, str(tmp_path / "out"))
     driver = lism.start()
     lism.wait(driver, 2)
-    slow = workers_of(node_with(fake, "StageActor"), "StageActor")
+    slow = workers_below(node_with(fake, "StageActor"), "StageActor")
     for process in slow:
         process.suspend()
     waking = threading.Timer(20, lambda: [process.resume() for process in slow])

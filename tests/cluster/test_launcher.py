@@ -39,6 +39,13 @@ def test_the_dashboard_listens_on_the_head_alone_and_the_cluster_wants_a_token(p
     assert config["file_mounts"] == {"/home/ray/.ray/auth_token": "~/.ray/auth_token"}
 
 
+@FILES
+def test_the_network_is_left_to_ray(path):
+    """It puts every container on the host's, and Docker refuses a network named twice."""
+    options = yaml.safe_load(path.read_text())["docker"]["run_options"]
+    assert not [option for option in options if option.startswith("--net")]
+
+
 @pytest.mark.parametrize("cloud", ["aws", "gcp"])
 def test_spot_differs_from_its_model_in_what_is_spot_alone_and_never_in_the_head(cloud):
     plain, spot = (

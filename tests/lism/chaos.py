@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import psutil
+from processes import workers_below
 
 from goal_ray.config import load_config
 from goal_ray.lism import pipeline, run
@@ -37,21 +38,12 @@ def kill_worker(title: str, patience_s: float) -> bool:
     """Kills a worker whose process title contains a text, once there is one. Returns whether there was in that time."""
     end = time.monotonic() + patience_s
     while True:
-        workers = [process for process in psutil.Process().children(recursive=True) if title in worker_title(process)]
-        if workers:
+        if workers := workers_below(psutil.Process(), title):
             workers[0].kill()
             return True
         if time.monotonic() > end:
             return False
         time.sleep(0.1)
-
-
-def worker_title(process: psutil.Process) -> str:
-    """What Ray calls the work of a process."""
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
 
 
 def kill_node(node: Any) -> None:

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 from paired_shards import write_shards
+from processes import workers_below
 from safetensors.torch import load_file
 from scraping import scraped
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -168,10 +169,9 @@ def logged(run_dir) -> int:
     return records[-1]["step"] if records else 0
 
 
-def worker_pids() -> list[int]:
-    """The processes of Ray Train's workers in this session's cluster, whose node is a child of this process."""
-    mine = psutil.Process().children(recursive=True)
-    return [process.pid for process in mine if "RayTrainWorker" in " ".join(process.cmdline())]
+def train_workers() -> list[psutil.Process]:
+    """Ray Train's workers in this session's cluster, whose node is a child of this process."""
+    return workers_below(psutil.Process(), "RayTrainWorker")
 
 
 def assert_same_curve(run_dir, metrics) -> None:
@@ -188,7 +188,9 @@ def test_a_run_goes_on_by_itself_when_a_worker_is_killed_and_later_when_the_driv
     run_dir = tmp_path / config.name
     with start_driver(config, tmp_path) as driver:
         wait_for(lambda: logged(run_dir) > SAVED, driver)
-        os.kill(worker_pids()[0], signal.SIGKILL)
+        sockets = [each for worker in train_workers() for each in worker.net_connections("inet")]
+        assert {each.laddr.ip.removeprefix("::ffff:") for each in sockets} == {"127.0.0.1"}
+        train_workers()[0].kill()
         wait_for(lambda: logged(run_dir) <= SAVED, driver)
         wait_for(lambda: (run_dir / "checkpoints" / f"step-{2 * SAVED:08d}").exists(), driver)
         driver.kill()
