@@ -83,6 +83,7 @@ def test_help_says_which_proposer_is_the_default_and_how_to_choose_another(call)
     [
         (["nope"], ["no stage 'nope'", *STAGES]),
         (["train", "{tmp}/no.yaml"], ["no.yaml: no such config file"]),
+        (["train", "workers=2"], ["workers=2: no such config file; settings come behind a config file"]),
         (["train", "{config}"], ["nothing: no such file or folder"]),
         (["train", "{config}", "optimiser.lr=1"], ["optimiser: unknown key", "optimizer"]),
         (["train", "{config}", "optimizer.rate=1"], ["optimizer.rate: unknown key", "lr, layer_decay"]),
