@@ -96,7 +96,8 @@ def undisturbed(cluster, tiny_clip, tmp_path_factory) -> dict[str, bytes]:  # no
 
 def run_python(*arguments: object) -> subprocess.Popen:
     """Starts this Python on our code, with a Ray of its own; its environment is what this process's is now."""
-    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    here = Path(__file__).parent
+    paths = os.pathsep.join(map(str, [ROOT, here, here.parent]))
     environment = {**os.environ, "PYTHONPATH": paths, "RAY_USAGE_STATS_ENABLED": "0"}
     environment.pop("RAY_ADDRESS", None)
     command = [sys.executable, *map(str, arguments)]
