@@ -61,8 +61,8 @@ class Attempts:
     def run(self, resume_from: Path | None) -> Ending:
         """Trains to the end, or until early stopping or an interruption. Raises what no new attempt can mend."""
         failures = 0
+        workers = self._wait_for_workers()
         while True:
-            workers = self._wait_for_workers()
             first_step = 0 if resume_from is None else read_step(resume_from)
             self.recorder.rewind(first_step)
             try:
@@ -70,7 +70,7 @@ class Attempts:
                 if ending in ("finished", "early", "interrupted"):
                     return ending
                 self._restarting(ending)
-                self.recorder.line.say(f"{ending} after step {self.newest_saved}; starting the workers again")
+                self.recorder.line.say(f"{ending} after step {self.newest_saved}")
             except Exception as error:
                 own = own_error(error, self.run_dir)
                 failures = 1 if self.newest_saved > first_step else failures + 1
@@ -85,6 +85,8 @@ class Attempts:
                     f"{first_line(own)}; restart {failures} of {self.config.max_failures} without progress allowed"
                 )
             resume_from = newest_intact(self.run_dir, self.recorder.line.say)
+            workers = self._wait_for_workers()
+            self.recorder.line.say(f"going on with {number_of(workers)}")
 
     def _restarting(self, reason: str) -> None:
         self.recorder.prometheus.count("restarts")
@@ -107,7 +109,7 @@ class Attempts:
             except BaseException as error:
                 failures.append(error)
 
-        self.recorder.line.show(f"starting {workers} {'worker' if workers == 1 else 'workers'}")
+        self.recorder.line.show(f"starting {number_of(workers)}")
         self.recorder.count_time()
         self.recorder.workers = workers
         self.nodes.clear()
@@ -115,10 +117,8 @@ class Attempts:
         thread = threading.Thread(target=fit, daemon=True)
         thread.start()
         ending: Ending = "finished"
-        more = Demand([[self.config.worker_bundle(self.use_gpu)]] * (self.config.max_workers - workers))
+        more = Demand(growth(self.config, self.use_gpu, workers) if is_joined() else [])
         try:
-            if is_joined():
-                more.start()
             while thread.is_alive():
                 thread.join(POLL_S)
                 for record in ray.get(mailbox.take.remote()):
@@ -129,6 +129,12 @@ class Attempts:
                 if ending == "finished" and (wish := self._reason_to_end(workers)) is not None:
                     ending = wish
                     ray.get(mailbox.stop.remote())
+                # What is asked for takes the places it finds, so only when the workers have theirs; and never longer
+                # than until there is room, or it would keep the ingest's CPUs.
+                if self.nodes and self.room_since is None and ending == "finished":
+                    more.start()
+                else:
+                    more.end()
             for record in ray.get(mailbox.take.remote()):
                 self._receive(record)
         finally:
@@ -237,22 +243,36 @@ def most_workers(config: TrainConfig, use_gpu: bool, resources: dict[str, float]
 
     None where they do not suffice for the fewest.
     """
-    bundle = config.worker_bundle(use_gpu)
-    room = min(resources.get(name, 0) // amount for name, amount in bundle.items())
-    room = min(room, resources.get("CPU", 0) - INGEST["CPU"])
-    return max((count for count in config.worker_counts if count <= room), default=None)
+    counts = (each for each in config.worker_counts if not short_of(config, use_gpu, each, resources))
+    return max(counts, default=None)
+
+
+def short_of(config: TrainConfig, use_gpu: bool, workers: int, resources: dict[str, float]) -> dict[str, float]:
+    """What these workers and the ingest need of each resource that there is less of."""
+    needed = dict(INGEST)
+    for name, amount in config.worker_bundle(use_gpu).items():
+        needed[name] = needed.get(name, 0) + workers * amount
+    return {name: amount for name, amount in needed.items() if resources.get(name, 0) < amount}
+
+
+def growth(config: TrainConfig, use_gpu: bool, workers: int) -> list[list[dict[str, float]]]:
+    """Places for more than these workers, in groups for `Demand`.
+
+    Each is enough for the next count of workers and for the ingest: one that found its places beside the workers means
+    that `most_workers` has found more room too, never that it sits on the CPU that the ingest waits for.
+    """
+    step = next((each - workers for each in config.worker_counts if each > workers), 0)
+    group = [config.worker_bundle(use_gpu)] * step + [INGEST]
+    return [group] * ((config.max_workers - workers) // step) if step else []
 
 
 def lacking(config: TrainConfig, use_gpu: bool, resources: dict[str, float]) -> str:
     """What the fewest workers need and resources do not have; empty where they suffice."""
-    if most_workers(config, use_gpu, resources) is not None:
-        return ""
     workers = config.worker_counts[0]
-    needed = {name: workers * amount for name, amount in config.worker_bundle(use_gpu).items()}
-    needed["CPU"] = workers + INGEST["CPU"]
-    short = next((name for name, amount in needed.items() if resources.get(name, 0) < amount), "CPU")
-    who = f"{workers} workers and the ingest" if short == "CPU" else f"{workers} workers"
-    return f"{who} need {needed[short]:g} {short}s, the cluster has {resources.get(short, 0):g}"
+    for name, amount in short_of(config, use_gpu, workers, resources).items():
+        who = f"{number_of(workers)} and the ingest" if name == "CPU" else number_of(workers)
+        return f"{who} need {amount:g} {name}s, the cluster has {resources.get(name, 0):g}"
+    return ""
 
 
 def cluster_resources() -> dict[str, float]:
@@ -291,6 +311,11 @@ def own_error(error: BaseException, run_dir: Path) -> BaseException:
             )
     # A worker whose peer died may tell of it first, as an error of the collective that it waited in.
     return next((cause for cause in inside if type(cause) is RuntimeError or "Dist" in type(cause).__name__), error)
+
+
+def number_of(workers: int) -> str:
+    """The number in words: "1 worker", "2 workers"."""
+    return f"{workers} {'worker' if workers == 1 else 'workers'}"
 
 
 def first_line(error: BaseException) -> str:

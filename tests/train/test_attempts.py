@@ -1,9 +1,13 @@
 """How many workers an elastic run starts, and what it makes of their micro-batches."""
 
+from collections import Counter
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from goal_ray.settings import ModelConfig
-from goal_ray.train.attempts import most_workers
+from goal_ray.train.attempts import growth, lacking, most_workers
 from goal_ray.train.config import DataConfig, TrainConfig
 
 
@@ -19,12 +23,36 @@ def elastic(workers, batch=4, **more) -> TrainConfig:
         ((1, 4), {"CPU": 64}, False, 4),
         ((1, 4), {"CPU": 64, "GPU": 2}, True, 2),
         ((1, 4), {"CPU": 64}, True, None),
+        (1, {"CPU": 1, "GPU": 1}, True, 1),  # a GPU worker holds no CPU, as Ray counts
+        (1, {"CPU": 0, "GPU": 1}, True, None),
         ((3, 8), {"CPU": 8}, False, 4),  # 5, 6 and 7 do not share 32 pictures evenly
         ((5, 8), {"CPU": 8}, False, None),
     ],
 )
 def test_the_most_workers_that_share_a_batch_evenly_and_find_room(workers, resources, use_gpu, count):
     assert most_workers(elastic(workers), use_gpu, resources) == count
+
+
+def test_a_worker_s_custom_resources_count_too():
+    config = elastic((2, 4), worker_resources={"train": 1.0})
+    assert most_workers(config, True, {"CPU": 9, "GPU": 9, "train": 3}) == 2  # 3 do not share 16 pictures evenly
+    assert lacking(config, True, {"CPU": 9, "GPU": 9, "train": 1}) == "2 workers need 2 trains, the cluster has 1"
+    assert lacking(config, False, {"CPU": 2, "train": 2}) == "2 workers and the ingest need 3 CPUs, the cluster has 2"
+    assert lacking(config, False, {"CPU": 3, "train": 2}) == ""
+
+
+@given(data=st.data(), fewest=st.integers(1, 8), most=st.integers(1, 8), use_gpu=st.booleans())
+def test_whatever_is_asked_for_beside_the_workers_leaves_the_ingest_its_place(data, fewest, most, use_gpu):
+    config = elastic((fewest, max(fewest, most)))
+    workers = data.draw(st.sampled_from(config.worker_counts))
+    groups = growth(config, use_gpu, workers)
+    assert bool(groups) == (workers < config.max_workers)
+    for group in groups:
+        held = Counter()
+        for bundle in [config.worker_bundle(use_gpu)] * workers + group:
+            held.update(bundle)
+        # so the run restarts with more workers, and the places asked for are given back
+        assert most_workers(config, use_gpu, held) > workers
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])

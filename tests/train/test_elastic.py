@@ -17,7 +17,7 @@ from goal_ray.train.recorder import read_records
 
 pytestmark = pytest.mark.ray
 
-STEPS = 40
+STEPS = 100  # enough that the run is not over before the node goes
 
 
 def curve(run_dir) -> list[float]:
@@ -66,7 +66,7 @@ def test_a_node_that_is_about_to_go_makes_the_run_save_and_go_on_with_fewer_work
         leaving = cluster.add_node(num_cpus=2)
         with run_on(cluster.address, config, tmp_path) as driver:
             deadline = time.monotonic() + 300
-            while len(curve(tmp_path / "goal")) < 5:
+            while not curve(tmp_path / "goal"):
                 assert driver.poll() is None, driver.stderr.read()
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
@@ -75,7 +75,7 @@ def test_a_node_that_is_about_to_go_makes_the_run_save_and_go_on_with_fewer_work
             _, said = driver.communicate(timeout=300)
         assert driver.returncode == 0, said
         assert "preempted after step" in said
-        assert "starting 1 worker" in said
+        assert "with 1 worker\n" in said
         with run_on(cluster.address, TrainConfig(**{**vars(config), "name": "alone"}), tmp_path) as driver:
             _, said = driver.communicate(timeout=300)
         assert driver.returncode == 0, said
