@@ -66,7 +66,7 @@ class ExampleBuilder:
         picture = open_picture(sample.image_bytes())
         caption = sample.caption()
         boxes_px, spans = self._pairs(sample, caption, picture.size, where)
-        whole = self.geometry.view(picture.size, zlib.crc32(sample.key.encode(), seed))
+        whole = self.geometry.view(picture.size, zlib.crc32(sample.key.encode(errors="surrogateescape"), seed))
         crops = [self._crop_view(box, picture.size) for box in boxes_px.tolist()]
         decoded = picture.decode(decode_factor([whole, *crops]))
         pixels = pixels_CHW(decoded)
@@ -100,10 +100,7 @@ class ExampleBuilder:
                 "or set the local and TSL weights to 0"
             )
         record = PairRecord.from_bytes(sample.members[PAIRS_EXTENSION], caption, f"{where}: {sample.key}")
-        if tuple(record.size) != size:
-            raise ShardError(
-                f"{where}: sample {sample.key!r}: pairs are for {record.size} pixels, the picture has {size}"
-            )
+        record.check_size(size, f"{where}: sample {sample.key!r}")
         pairs = best_pairs(record, self.pairs)
         boxes_px = np.array([record.regions[pair.region].box for pair in pairs], np.float32).reshape(-1, 4)
         return boxes_px, [record.sentences[pair.sentence] for pair in pairs]

@@ -186,8 +186,3 @@ def outer_box(box_px: Sequence[float], size: tuple[int, int]) -> BoxPx:
     width, height = size
     x0, y0 = min(max(math.floor(box_px[0]), 0), width - 1), min(max(math.floor(box_px[1]), 0), height - 1)
     return x0, y0, max(min(width, math.ceil(box_px[2])), x0 + 1), max(min(height, math.ceil(box_px[3])), y0 + 1)
-
-
-def crop_box(image: Image.Image, box_px: Sequence[float]) -> Image.Image:
-    """The part of a picture under a box, its background kept."""
-    return image.crop(outer_box(box_px, image.size))

@@ -96,6 +96,11 @@ class PairRecord:
             raise ShardError(f"{where}: {problems[0]}")
         return record
 
+    def check_size(self, size: tuple[int, int], where: str) -> None:
+        """Raises ShardError where the sample's picture has another size (W, H) than the record's boxes are for."""
+        if self.size != size:
+            raise ShardError(f"{where}: pairs are for {self.size} pixels, the picture has {size}; {_REMEDY}")
+
 
 _ADAPTER = TypeAdapter(PairRecord)
 

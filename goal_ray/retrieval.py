@@ -69,8 +69,9 @@ def retrieval_metrics(
     pairs_P2           int64 (picture, caption), rows that belong together, each pair once; rows in no pair are neither
                        asked for nor an answer. Default: caption i belongs to picture i
 
-    A query with several right answers has the rank of the best of them. Its average precision is the mean, over its
-    right answers, of the share of right ones among all that rank no lower; for a single right answer that is 1 / rank.
+    A query with several right answers has the rank of the best of them: 1 + the wrong answers that are no less similar.
+    Its average precision is the mean, over its right answers, of the share of right ones among all that are no less
+    similar; for a single right answer that is 1 / rank.
     R@K is left out where there are no more than K answers, as it would be 100 for any model. The median of an even
     number is the mean of the middle two.
 
@@ -90,16 +91,19 @@ def retrieval_metrics(
 
     def summary(query_QE: Tensor, target_TE: Tensor, query_P: Tensor, target_P: Tensor) -> dict[str, float]:
         rank_P = ranks(query_QE[query_P], target_TE, target_index=target_P)
-        # Right answers by query and, within one, by rank: the first has the query's rank, the nth precision n / rank.
+        # Right answers by query and, within one, by rank: of the answers no less similar than the nth, which are `rank`
+        # in number, n are right; of right ones that tie, the last has the n of all.
         by_rank = rank_P.argsort()
         order = by_rank[query_P[by_rank].argsort(stable=True)]
         query_P, rank_P = query_P[order], rank_P[order]
         answers_Q = query_P.bincount()
         first_Q = answers_Q.cumsum(0) - answers_Q
         place_P = 1 + torch.arange(len(query_P), device=query_P.device) - first_Q[query_P]
+        _, tie_P = torch.stack([query_P, rank_P]).unique_consecutive(return_inverse=True, dim=1)
+        place_P = torch.zeros_like(place_P).scatter_reduce(0, tie_P, place_P, "amax")[tie_P]
         precision_Q = torch.zeros(len(answers_Q), dtype=torch.float64, device=query_P.device)
         precision_Q = precision_Q.index_add(0, query_P, place_P.double() / rank_P) / answers_Q
-        best_Q, count = rank_P[first_Q], len(answers_Q)
+        best_Q, count = (1 + rank_P - place_P)[first_Q], len(answers_Q)
         recalls = {f"R@{k}": 100 * int((best_Q <= k).sum()) / count for k in at if k < len(target_TE)}
         low, high = best_Q.sort().values[[(count - 1) // 2, count // 2]].tolist()
         return {**recalls, "mAP": 100 * precision_Q.mean().item(), "median_rank": (low + high) / 2}

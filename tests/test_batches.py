@@ -14,7 +14,7 @@ from test_images import STORED
 
 from goal_ray.batches import ExampleBuilder, collate, decode_factor, pixels_CHW
 from goal_ray.errors import CaptionError, ImageError, ShardError
-from goal_ray.geometry import PixelGeometry, View, crop_box
+from goal_ray.geometry import PixelGeometry, View, outer_box
 from goal_ray.goal_batch import pack, unpack
 from goal_ray.images import decode_image
 from goal_ray.model import load_model
@@ -144,7 +144,8 @@ def exact(build: ExampleBuilder, stored: Sample, boxes, seed: int):
     """Square, boxes in cells, and crops of the whole picture, each resized by PIL."""
     image = decode_image(stored.image_bytes())
     square, cells = build.geometry(image, np.array(boxes), zlib.crc32(stored.key.encode(), seed))
-    return square, cells, [build.crop_geometry(crop_box(image, box), np.empty((0, 4)))[0] for box in boxes]
+    crops = [image.crop(outer_box(box, image.size)) for box in boxes]
+    return square, cells, [build.crop_geometry(crop, np.empty((0, 4)))[0] for crop in crops]
 
 
 def bright_extent(square_3SS: np.ndarray) -> np.ndarray:

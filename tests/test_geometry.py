@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
-from goal_ray.geometry import PixelGeometry, crop_box, resize
+from goal_ray.geometry import PixelGeometry, outer_box, resize
 from goal_ray.settings import ResizeConfig
 
 SIZE, GRID = 64, (8, 8)
@@ -141,6 +141,8 @@ def test_seeding_leaves_nothing_behind_however_often_it_is_done():
 def test_a_crop_is_never_empty_and_covers_its_box(values):
     x0, x1 = sorted(values[:2])
     y0, y1 = sorted(values[2:])
-    crop = crop_box(Image.new("RGB", (100, 80)), (x0, y0, x1, y1))
-    assert crop.width >= max(1, min(x1, 100) - max(x0, 0))
-    assert crop.height >= max(1, min(y1, 80) - max(y0, 0))
+    left, top, right, bottom = outer_box((x0, y0, x1, y1), (100, 80))
+    assert 0 <= left < right <= 100
+    assert 0 <= top < bottom <= 80
+    assert right - left >= max(1, min(x1, 100) - max(x0, 0))
+    assert bottom - top >= max(1, min(y1, 80) - max(y0, 0))

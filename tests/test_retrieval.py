@@ -170,6 +170,35 @@ def test_average_precision_of_random_pairs_is_that_of_its_definition(seed):
     assert metrics["image_to_text"]["mAP"] == pytest.approx(mean_precision(similarity.T, belongs_TI.T.numpy()))
 
 
+@given(st.data())
+@settings(max_examples=200)
+def test_metrics_are_those_of_their_definition_whatever_ties(data):
+    pictures, captions = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 8))
+    image, text = data.draw(whole_numbers(pictures, 3)), data.draw(whole_numbers(captions, 3))
+    belongs_IT = data.draw(arrays(np.bool_, (pictures, captions)))
+    belongs_IT[:, 0] |= ~belongs_IT.any(1)
+    belongs_IT[0] |= ~belongs_IT.any(0)
+
+    def unit(rows: np.ndarray) -> np.ndarray:
+        return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+    similarity_IT = np.round(unit(image.astype(np.float64)) @ unit(text.astype(np.float64)).T, 9)
+    pairs = torch.from_numpy(np.argwhere(belongs_IT))
+    found = retrieval_metrics(torch.from_numpy(image), torch.from_numpy(text), (1, 2, 3), pairs)
+    directions = {
+        "image_to_text": (similarity_IT, belongs_IT),
+        "text_to_image": (similarity_IT.T, belongs_IT.T),
+    }
+    for name, (similarity, belongs) in directions.items():
+        best, precision = [], []
+        for row, right in zip(similarity, belongs, strict=True):
+            best.append(1 + (row[~right] >= row[right].max()).sum())
+            precision.append(np.mean([(row[right] >= value).sum() / (row >= value).sum() for value in row[right]]))
+        expected = {f"R@{k}": 100 * np.mean(np.array(best) <= k) for k in (1, 2, 3) if k < similarity.shape[1]}
+        expected |= {"mAP": 100 * np.mean(precision), "median_rank": np.median(best)}
+        assert found[name] == pytest.approx(expected)
+
+
 def test_rows_in_no_pair_are_neither_question_nor_answer():
     image, text = torch.randn(2, 9, 5, generator=torch.Generator().manual_seed(3))
     few = torch.tensor([[1, 4], [3, 2], [8, 8]])

@@ -8,9 +8,9 @@ DESCRIPTION = """Measure retrieval: recall at 1, 5, 25 and 50 and mAP in percent
 image and back. Recall at K is the share of captions (pictures) whose own picture (caption) is among the K most similar
 of all in SHARDS. Ties count against the model. The similarity matrix is never held whole.
 
-CHECKPOINT is a run folder (its newest checkpoint is taken), a checkpoint or exported folder, or an open_clip
-architecture with --weights. SHARDS hold KEY.jpg|jpeg|png|webp and KEY.txt; other members do not matter. Captions are
-read up to the model's context length.
+CHECKPOINT is a run folder (its best checkpoint is taken, or its newest), a checkpoint or exported folder, or an
+open_clip architecture with --weights. SHARDS hold KEY.jpg|jpeg|png|webp and KEY.txt; other members do not matter.
+Captions are read up to the model's context length.
 
 With --pairs N the N best pairs of every sample (KEY.pairs.json of `goal-ray lism`) are measured too: sentences among
 all these regions and back, and captions and sentences together among pictures and regions ("joint", as in the paper).

@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from goal_ray.errors import GoalRayError, ModelError, ShardError, StageError
-from goal_ray.geometry import PixelGeometry, crop_box
+from goal_ray.geometry import PixelGeometry, outer_box
 from goal_ray.images import decode_image
 from goal_ray.model import LoadedModel, encode_image, encode_text
 from goal_ray.pairs import PairRecord, best_pairs
@@ -29,8 +29,8 @@ from goal_ray.text import CaptionEncoder, pad_batch
 class Embeddings:
     """What shards hold, as a model sees it.
 
-    image_IE  a row for every picture, or region of one, whose pixels differ, L2-normalised float32 on the CPU
-    text_TE   likewise for captions and sentences
+    image_IE  a row for every stored picture, or part of one, that differs, L2-normalised float32 on the CPU
+    text_TE   likewise for captions and sentences, by what the model reads of them
     pairs_P2  int64 (picture, caption), rows that stand together in a sample; each pair once
     local_P2  likewise (region, sentence)
     samples   usable samples
@@ -48,7 +48,8 @@ class Embeddings:
 class View(NamedTuple):
     """A picture with its caption, or a region with its sentence, ready for the model.
 
-    picture, text  digests of what they were made from · square  (3, S, S) uint8 · ids  token ids
+    picture  what tells it apart: the digest of the stored picture and, of a region, the pixels that it is cut at
+    text     the digest of the token ids · square  (3, S, S) uint8 · ids  token ids
     """
 
     picture: bytes
@@ -131,24 +132,26 @@ def preparation(loaded: LoadedModel, pairs: int) -> Callable[[Sample, str], list
     geometry = PixelGeometry(ResizeConfig(mode=mode), loaded.size_px, loaded.grid_HW, interpolation)
     encoder = CaptionEncoder(loaded.tokenizer)
 
-    def view(image: Image.Image, made_from: bytes, text: str) -> View:
+    def view(image: Image.Image, picture: bytes, text: str) -> View:
         square, _ = geometry(image, np.empty((0, 4)))
         ids = encoder.encode(text, [], loaded.context_length).ids
-        return View(digest(made_from), square, digest(text.encode()), ids)
+        return View(picture, square, digest(ids.tobytes()), ids)
 
     def prepare(sample: Sample, where: str) -> list[View]:
         stored, caption = sample.image_bytes(), sample.caption()
-        image = decode_image(stored)
-        views = [view(image, stored, caption)]
+        image, name = decode_image(stored), digest(stored)
+        views = [view(image, name, caption)]
         if pairs == 0:
             return views
         if PAIRS_EXTENSION not in sample.members:
             raise ShardError(f"no {PAIRS_EXTENSION}; run `goal-ray lism` on the shards, or leave out --pairs")
         record = PairRecord.from_bytes(sample.members[PAIRS_EXTENSION], caption, f"{where}: {sample.key!r}")
+        record.check_size(image.size, f"{where}: sample {sample.key!r}")
         for pair in best_pairs(record, pairs):
-            box = record.regions[pair.region].box
+            cut = outer_box(record.regions[pair.region].box, image.size)
             start, end = record.sentences[pair.sentence]
-            views.append(view(crop_box(image, box), digest(stored) + repr(box).encode(), caption[start:end]))
+            part = name if cut == (0, 0, *image.size) else name + repr(cut).encode()
+            views.append(view(image.crop(cut), part, caption[start:end]))
         return views
 
     return prepare

@@ -5,6 +5,8 @@ import os
 import re
 import sys
 import time
+from contextlib import suppress
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,7 @@ from goal_ray.retrieval import retrieval_metrics
 from goal_ray.settings import ModelConfig
 from goal_ray.storage import file_system, write_bytes
 from goal_ray.tars import expand_shards
-from goal_ray.train.checkpoint import resolve_checkpoint
-from goal_ray.train.result import EVALUATION_FOLDER
+from goal_ray.train.result import EVALUATION_FOLDER, best_checkpoint
 
 SKIPPED_SHOWN = 5
 
@@ -35,7 +36,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Retrieval metrics of a model on shards, also written as JSON (see `result_place`).
 
-    checkpoint  a run folder (its newest checkpoint), a checkpoint or exported folder, or an open_clip architecture
+    checkpoint  a run folder (its best checkpoint, or its newest), a checkpoint or exported folder, or an open_clip
+                architecture
     weights     for an architecture: a pretrained tag or a file
     batch       samples per forward pass; the metrics do not depend on it
     pairs       also measures so many pairs of every sample, the best by its KEY.pairs.json: `local`, sentences among
@@ -93,7 +95,7 @@ def resolve_model(checkpoint: str, weights: str | None) -> str:
     if os.path.isdir(checkpoint) or ("/" in checkpoint and not checkpoint.endswith(".json")):
         if os.path.isfile(checkpoint):
             raise StageError(f"{checkpoint}: not a folder; for a weights file give ARCHITECTURE --weights {checkpoint}")
-        return str(resolve_checkpoint(Path(checkpoint)))
+        return str(best_checkpoint(Path(checkpoint)))
     if weights is None:
         raise ModelError(
             f"{checkpoint!r} is no folder, and as an open_clip architecture its weights would be random; "
@@ -105,13 +107,24 @@ def resolve_model(checkpoint: str, weights: str | None) -> str:
 def result_place(checkpoint: str, shards: str, out: str | None) -> str | None:
     """Where the JSON goes: `out`; for a run folder by default RUN/evaluation/NAME.json, else nowhere.
 
-    NAME is the last part of `shards` that holds more than signs of a pattern: `test` for `docci/test/*.tar`.
+    NAME is the last part of `shards` that holds more than signs of a pattern: `test` for `docci/test/*.tar`. Where a
+    result of other shards has that name, a digest of these is added to it.
     """
     if out is not None or not (Path(checkpoint) / "checkpoints").is_dir():
         return out
     parts = [re.sub(r"[^\w.-]+", "_", part.removesuffix(".tar")).strip("._-") for part in shards.split("/")]
     stem = next(filter(None, reversed(parts)), "shards")
-    return str(Path(checkpoint) / EVALUATION_FOLDER / f"{stem}.json")
+    place = Path(checkpoint) / EVALUATION_FOLDER / f"{stem}.json"
+    if place.exists() and read_shards(place) != shards:
+        place = place.with_name(f"{stem}-{blake2b(shards.encode(), digest_size=4).hexdigest()}.json")
+    return str(place)
+
+
+def read_shards(place: Path) -> str | None:
+    """The shards that a result is of; None for a file that does not tell."""
+    with suppress(ValueError, TypeError, KeyError):
+        return str(json.loads(place.read_text(encoding="utf-8"))["shards"])
+    return None
 
 
 def claim_place(place: str) -> None:

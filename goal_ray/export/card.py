@@ -17,7 +17,8 @@ from goal_ray.model import LoadedModel, image_tower, logit_scale, text_tower
 from goal_ray.report.records import RunRecords, read_run
 from goal_ray.report.tables import COLUMNS, metrics_tables, settings
 from goal_ray.settings import TERMS
-from goal_ray.train.checkpoint import STATE_FILE, read_step
+from goal_ray.train.checkpoint import STATE_FILE
+from goal_ray.train.result import best_checkpoint
 from goal_ray.train.run import EXPORT_FOLDER as MODEL_FOLDER
 from goal_ray.train.run import SHARDS_FILE
 
@@ -77,7 +78,7 @@ def architecture(loaded: LoadedModel) -> list[tuple[str, str]]:
 def run_values(run_dir: Path, checkpoint: Path) -> dict[str, Any]:
     """What the template shows of a run, up to the step of the checkpoint."""
     run = read_run(run_dir, run_dir.name)
-    step = read_step(checkpoint) if (checkpoint / STATE_FILE).is_file() else None
+    step = read_object(checkpoint / STATE_FILE).get("step")
     logged = [record for record in run.metrics if step is None or record["step"] <= step]
     evaluations = [evaluation for evaluation in run.evaluations if is_of(evaluation.model, checkpoint, run_dir)]
     run = RunRecords(run.name, run.folder, run.config, run.config_yaml, logged, evaluations, run.quarantine)
@@ -95,8 +96,10 @@ def run_values(run_dir: Path, checkpoint: Path) -> dict[str, Any]:
 
 
 def is_of(model: str, checkpoint: Path, run_dir: Path) -> bool:
-    """Whether an evaluation is of this checkpoint; a run's model folder is its last one."""
-    return Path(model).name == checkpoint.name or Path(model).absolute() == run_dir / MODEL_FOLDER
+    """Whether an evaluation is of this checkpoint; a run's model folder is its best one."""
+    if Path(model).absolute() == run_dir / MODEL_FOLDER:
+        return checkpoint.absolute() == best_checkpoint(run_dir).absolute()
+    return Path(model).name == checkpoint.name
 
 
 def data(run: RunRecords) -> list[tuple[str, str]]:

@@ -64,8 +64,7 @@ def draw_picture(sample: Sample, shard: str, only: tuple[int, int] | None = None
     """
     image, caption, where = decode_image(sample.image_bytes()), sample.caption(), f"{shard}: {sample.key}"
     record = PairRecord.from_bytes(sample.members[PAIRS_EXTENSION], caption, where)
-    if record.size != image.size:
-        raise ShardError(f"{where}: pairs are for {record.size} pixels, the picture has {image.size}")
+    record.check_size(image.size, where)
     pairs = best_pairs(record, len(record.sentences))
     if only is not None:
         pairs = [pair for pair in record.pairs if (pair.sentence, pair.region) == only]

@@ -204,6 +204,18 @@ def test_the_default_file_is_named_after_the_shards(run, shards, name):
     assert result_place(str(run), shards, None) == str(run / "evaluation" / f"{name}.json")
 
 
+def test_results_of_other_shards_with_the_same_name_stay(run):
+    first = Path(result_place(str(run), "docci/test", None))
+    first.parent.mkdir()
+    first.write_text('{"shards": "docci/test"}')
+    second = Path(result_place(str(run), "dci/test", None))
+    assert first.name == "test.json"
+    assert second.name.startswith("test-")
+    assert result_place(str(run), "docci/test", None) == str(first)
+    second.write_text('{"shards": "dci/test"}')
+    assert result_place(str(run), "dci/test", None) == str(second)
+
+
 def test_out_names_another_place_and_bare_models_have_none(run, model, tmp_path, scenes, capsys):
     out = tmp_path / "deep" / "x.json"
     assert main([str(run), str(scenes), "--out", str(out)]) is None

@@ -5,13 +5,14 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from goal_ray.errors import ConfigError, StageError
 from goal_ray.evaluate.__main__ import main
 from goal_ray.evaluate.run import evaluate
-from goal_ray.pairs import PairRecord, best_pairs
+from goal_ray.pairs import Pair, PairRecord, Region, best_pairs
 from goal_ray.scenes.run import SceneSettings, draw_scenes
 from goal_ray.tars import stream_samples, write_tar
 
@@ -70,6 +71,51 @@ def test_pairs_are_printed_beside_the_whole(model, paired, capsys):
 def test_pairs_of_shards_without_pairs_are_refused_with_the_remedy(model, scenes):
     with pytest.raises(StageError, match=r"no pairs.json; run `goal-ray lism` on the shards, or leave out --pairs"):
         evaluate(model, str(scenes), pairs=1)
+
+
+def alike(path: Path, boxes: list[tuple], size=(60, 40), recorded=(60, 40)) -> None:
+    """Six pictures, each with a caption of a sentence for every box."""
+    rng = np.random.default_rng(0)
+
+    def samples():
+        for number in range(6):
+            sentences = [f"Picture {number} has part {at}." for at in range(len(boxes))]
+            caption = "".join(f"{sentence}\n" for sentence in sentences)
+            ends = np.cumsum([len(sentence) + 1 for sentence in sentences]).tolist()
+            spans = tuple((end - len(sentence) - 1, end - 1) for sentence, end in zip(sentences, ends, strict=True))
+            regions = tuple(Region(box, 1.0, "sam") for box in boxes)
+            pairs = tuple(Pair(at, at, 0.5) for at in range(len(boxes)))
+            buffer = io.BytesIO()
+            pixels = rng.integers(0, 255, (size[1], size[0], 3), np.uint8)
+            Image.fromarray(pixels).save(buffer, "PNG")
+            record = PairRecord(recorded, spans, regions, pairs, {}).to_bytes()
+            yield f"{number}", {"png": buffer.getvalue(), "txt": caption.encode(), "pairs.json": record}
+
+    write_tar(str(path), samples())
+
+
+def test_a_region_that_is_the_whole_picture_is_that_picture(model, tmp_path):
+    alike(tmp_path / "a.tar", [(0.0, 0.0, 60.0, 40.0)])
+    result = evaluate(model, str(tmp_path), pairs=1)
+    assert numbers(result["joint"]) == numbers(result["local"]) == numbers(result)
+    assert result["count"] == 6
+
+
+def test_regions_of_the_same_pixels_are_one(model, tmp_path):
+    box = (10.2, 10.0, 30.5, 39.9)
+    results = {}
+    for name, other in [("same", box), ("alike", (10.4, 10.3, 30.2, 39.2)), ("other", (9.9, 10.0, 30.5, 39.9))]:
+        alike(tmp_path / f"{name}.tar", [box, other])
+        results[name] = evaluate(model, str(tmp_path / f"{name}.tar"), pairs=2)
+    assert results["alike"]["local"] == results["same"]["local"]
+    assert results["alike"]["joint"] == results["same"]["joint"]
+    assert results["other"]["local"] != results["same"]["local"]
+
+
+def test_pairs_for_a_picture_of_another_size_are_not_measured(model, tmp_path):
+    alike(tmp_path / "a.tar", [(50.0, 40.0, 80.0, 60.0)], recorded=(80, 60))
+    with pytest.raises(StageError, match=r"pairs are for \(80, 60\) pixels, the picture has \(60, 40\)"):
+        evaluate(model, str(tmp_path), pairs=1)
 
 
 def test_samples_without_any_pair_do_not_count_as_measured(model, tmp_path):

@@ -93,6 +93,20 @@ def test_metrics_are_those_of_the_exported_checkpoint(run, tmp_path):
     assert rows(card)["loss"] == ["0.2500"]
 
 
+def test_metrics_of_the_run_s_model_folder_are_those_of_its_best_checkpoint(run, tmp_path):
+    (run / "result.json").write_text('{"steps": 40, "seconds": 1.0, "ending": "finished", "best_step": 20}')
+    write_evaluation(run, "test", str(run / "model"), 33.0)
+    assert "## Retrieval" in card_of(run, tmp_path)
+    newest = export(str(run / "checkpoints" / "step-00000040"), "open_clip", str(tmp_path / "newest"))
+    assert "## Retrieval" not in (newest / "README.md").read_text()
+
+
+def test_a_run_without_local_losses_is_not_called_goal(tiny_clip, tmp_path):
+    without = ["loss.weight_local=0", "loss.weight_tsl_image=0", "loss.weight_tsl_text=0"]
+    run = write_run(tmp_path / "plain", f"model.name={tiny_clip}", *without)
+    assert "trained on whole pictures and captions" in card_of(run, tmp_path)
+
+
 def test_the_cost_is_told_as_far_as_it_is_known(run, tmp_path):
     known = {"device": "cpu", "workers": 2, "seconds": 5400.0, "worker_hours": 3.0, "gpu_hours": 0.0, "flops": 3.1e15}
     measured = {"images_per_s": 12.34, "peak_memory_bytes": 3 * 2**30, "energy_joules": None}
