@@ -151,6 +151,31 @@ def end_node(raylet: psutil.Process) -> None:
 
 
 @contextmanager
+def slowed(raylet: psutil.Process) -> Iterator[None]:
+    """Lets a node and all that runs on it work for a fifth of the time only, as an overcommitted machine does."""
+    over = threading.Event()
+
+    def run() -> None:
+        while not over.wait(0.1):
+            node = [raylet, *raylet.children(recursive=True)]
+            for process in node:
+                with suppress(psutil.NoSuchProcess):
+                    process.suspend()
+            over.wait(0.4)
+            for process in node:
+                with suppress(psutil.NoSuchProcess):
+                    process.resume()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@contextmanager
 def stopwatch(what: str) -> Iterator[None]:
     began = time.monotonic()
     yield
@@ -259,6 +284,15 @@ def test_lism_waits_for_a_node_that_stands_still(fake, scenes, tars, tiny_clip, 
     assert lism.tars() == tars
 
 
+def test_lism_goes_on_beside_a_slow_node(fake, scenes, tars, tiny_clip, tmp_path):
+    lism = Lism(fake, tiny_clip, scenes, str(tmp_path / "out"))
+    driver = lism.start()
+    lism.wait(driver, 2)
+    with slowed(node_with(fake, "StageActor")), stopwatch("LISM, a node slowed to a fifth: the rest"):
+        finish(driver)
+    assert lism.tars() == tars
+
+
 def test_lism_goes_on_after_its_disk_was_full(fake, scenes, tars, tiny_clip, disk):
     lism = Lism(fake, tiny_clip, scenes, str(disk.folder / "out"))
     disk.give(sum(map(len, tars.values())) // 2)
@@ -285,6 +319,16 @@ def test_a_training_outlives_a_node(fake, paired, losses, tiny_clip, tmp_path):
     print(f"\ntraining, a node killed: noticed after {rewound:.1f} s, where it had been after {again:.1f} s more")
     said = finish(driver)
     assert "restart 1 of" in said
+    assert training.losses() == losses
+
+
+def test_a_training_waits_for_a_slow_node(fake, paired, losses, tiny_clip, tmp_path):
+    training = Training(fake, tiny_clip, paired, tmp_path / "runs")
+    driver = training.start()
+    training.wait(driver, 2)
+    with slowed(node_with(fake, "RayTrainWorker")), stopwatch("training, a node slowed to a fifth: the rest"):
+        said = finish(driver)
+    assert "restart" not in said
     assert training.losses() == losses
 
 
