@@ -12,7 +12,7 @@ from typing import Any, Literal
 from goal_ray.errors import GoalRayError, StageError
 from goal_ray.events import event
 from goal_ray.ray_session import is_joined
-from goal_ray.train.checkpoint import newest_intact, prune_checkpoints, read_step
+from goal_ray.train.checkpoint import newest_intact, prune_checkpoints, step_of
 from goal_ray.train.config import TrainConfig
 from goal_ray.train.demand import Demand
 from goal_ray.train.evaluation import Evaluations
@@ -21,8 +21,10 @@ from goal_ray.train.network import process_group
 from goal_ray.train.recorder import RunRecorder
 from goal_ray.train.worker import worker_entry
 
-Ending = Literal["finished", "early", "interrupted", "preempted", "resized"]
+Ending = Literal["finished", "early", "interrupted", "spoiled", "preempted", "resized"]
 POLL_S = 0.5
+LOOK_S = 0.1
+SETTLED_S = 2.0
 LOOK_AROUND_S = 5.0
 SCRAPED_S = 25.0  # Ray's agents hand metrics on every 10 s, Prometheus asks for them every 10 s
 GROW_AFTER_S = 30.0
@@ -33,6 +35,7 @@ class Attempts:
     """Runs the workers until the training ends.
 
     job          fields of `goal_ray.train.loop.Job` that every attempt shares
+    most_bad     how many samples of the run may be unusable
     interrupted  set when the run is to save a checkpoint and end
     """
 
@@ -40,6 +43,7 @@ class Attempts:
         self,
         config: TrainConfig,
         job: dict[str, Any],
+        most_bad: int,
         use_gpu: bool,
         recorder: RunRecorder,
         evaluations: Evaluations,
@@ -48,6 +52,7 @@ class Attempts:
         self.config = config
         self.job = job
         self.run_dir: Path = job["run_dir"]
+        self.most_bad = most_bad
         self.use_gpu = use_gpu
         self.recorder = recorder
         self.evaluations = evaluations
@@ -59,15 +64,19 @@ class Attempts:
         self.nonfinite = False
 
     def run(self, resume_from: Path | None) -> Ending:
-        """Trains to the end, or until early stopping or an interruption. Raises what no new attempt can mend."""
+        """Trains to the end, or until early stopping, an interruption or too many bad samples.
+
+        Raises what no new attempt can mend.
+        """
         failures = 0
         workers = self._wait_for_workers()
         while True:
-            first_step = 0 if resume_from is None else read_step(resume_from)
+            first_step = 0 if resume_from is None else step_of(resume_from)
             self.recorder.rewind(first_step)
+            self.newest_saved = first_step  # those beyond it are damaged
             try:
                 ending = self._attempt(resume_from, workers)
-                if ending in ("finished", "early", "interrupted"):
+                if ending not in ("preempted", "resized"):
                     return ending
                 self._restarting(ending)
                 self.recorder.line.say(f"{ending} after step {self.newest_saved}")
@@ -126,11 +135,11 @@ class Attempts:
                 self.evaluations.poll()
                 self.recorder.count_time()
                 self.recorder.line.tick()
-                if ending == "finished" and (wish := self._reason_to_end(workers)) is not None:
+                if ending == "finished" and (wish := self._reason_to_end(workers, more)) is not None:
                     ending = wish
                     ray.get(mailbox.stop.remote())
-                # What is asked for takes the places it finds, so only when the workers have theirs; and never longer
-                # than until there is room, or it would keep the ingest's CPUs.
+                # What is asked for takes the places it finds: only when the workers have theirs, and not for long,
+                # or the ingest would wait for its CPUs.
                 if self.nodes and self.room_since is None and ending == "finished":
                     more.start()
                 else:
@@ -150,8 +159,7 @@ class Attempts:
         # Restarts and preemptions are this class's affair: it knows which counts of workers share a batch.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
-        from ray.train import RunConfig, ScalingConfig
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
         fields = {name: value for name, value in job.items() if name != "total_steps"}
@@ -163,7 +171,12 @@ class Attempts:
                 resources_per_worker=self.config.worker_bundle(self.use_gpu),
             ),
             torch_config=process_group("nccl" if self.use_gpu else "gloo"),
-            run_config=RunConfig(name="ray", storage_path=str(self.run_dir)),
+            run_config=RunConfig(
+                name="ray",
+                storage_path=str(self.run_dir),
+                # or it would try to start the same number of workers for ever
+                failure_config=FailureConfig(controller_failure_limit=0),  # type: ignore[call-arg]  # known to v2's
+            ),
         )
 
     def _receive(self, record: dict[str, Any]) -> None:
@@ -189,10 +202,12 @@ class Attempts:
         else:
             self.recorder.log(record)
 
-    def _reason_to_end(self, workers: int) -> Ending | None:
-        """Why this group of workers should save a checkpoint and end, if it should."""
+    def _reason_to_end(self, workers: int, more: Demand) -> Ending | None:
+        """Why this group of workers should save a checkpoint and end, if it should; `more` is wanted beside it."""
         if self.interrupted.is_set():
             return "interrupted"
+        if len(self.recorder.bad) > self.most_bad:  # a worker stops by itself only for what it alone has met
+            return "spoiled"
         if self.evaluations.out_of_patience:
             return "early"
         now = time.monotonic()
@@ -201,37 +216,44 @@ class Attempts:
         self.looked_around = now
         if self.nodes & draining_nodes():
             return "preempted"
-        most = most_workers(self.config, self.use_gpu, cluster_resources())
-        if most is None or most <= workers:
-            self.room_since = None
-        elif self.room_since is None:
+        if self.room_since is None and any(more.found()):
             self.room_since = now
-        elif now - self.room_since > GROW_AFTER_S:
-            return "resized"
+        if self.room_since is not None and now - self.room_since > GROW_AFTER_S:
+            if (most_workers(self.config, self.use_gpu, cluster_resources()) or 0) > workers:
+                return "resized"
+            self.room_since = None
         return None
 
     def _wait_for_workers(self) -> int:
-        """How many workers to start; asks and waits for nodes where there are too few for the fewest."""
+        """How many workers to start: as many as find places now. Asks and waits for nodes where the fewest do not.
+
+        Ray is asked for the places themselves: what its nodes have in all may be other work's, or a dead node's whose
+        end it has not noticed.
+        """
         until = time.monotonic() + self.config.wait_for_nodes_s
-        bundle, fewest = self.config.worker_bundle(self.use_gpu), self.config.worker_counts[0]
-        demand = Demand([[bundle] * fewest + [INGEST], *[[bundle]] * (self.config.max_workers - fewest)])
+        bundle, counts = self.config.worker_bundle(self.use_gpu), self.config.worker_counts
+        demand = Demand([[bundle] * counts[0] + [INGEST], *[[bundle]] * (counts[-1] - counts[0])])
+        demand.start()
         try:
-            while lack := lacking(self.config, self.use_gpu, cluster_resources()):
+            found, since = demand.found(), time.monotonic()
+            while not (all(found) or (found[0] and time.monotonic() - since > SETTLED_S)):
                 if self.interrupted.is_set():
                     raise StageError("ended by a signal while waiting for nodes; go on with --resume")
+                lack = lacking(self.config, self.use_gpu, cluster_resources()) or "other work holds the places"
                 if time.monotonic() > until:
                     raise StageError(
                         f"{lack}, and there have not been more for {self.config.wait_for_nodes_s:.0f} s; go on with "
                         "--resume when there are, or raise wait_for_nodes_s"
                     )
-                demand.start()
-                self.recorder.line.show(f"waiting for nodes: {lack}")
+                if not found[0] and time.monotonic() - since > SETTLED_S:
+                    self.recorder.line.show(f"waiting for nodes: {lack}")
                 self.recorder.count_time()
-                time.sleep(POLL_S)
+                time.sleep(LOOK_S)
+                before, found = found, demand.found()
+                since = since if found == before else time.monotonic()
         finally:
             demand.end()
-        workers = most_workers(self.config, self.use_gpu, cluster_resources())
-        return workers or fewest  # a node that went at this very moment is missed by the attempt
+        return max(count for count in counts if count <= counts[0] + sum(found[1:]))
 
 
 class WorkerDied(StageError):
@@ -256,13 +278,12 @@ def short_of(config: TrainConfig, use_gpu: bool, workers: int, resources: dict[s
 
 
 def growth(config: TrainConfig, use_gpu: bool, workers: int) -> list[list[dict[str, float]]]:
-    """Places for more than these workers, in groups for `Demand`.
+    """Places for more than these workers, in groups for `Demand`, each enough for the next count of workers.
 
-    Each is enough for the next count of workers and for the ingest: one that found its places beside the workers means
-    that `most_workers` has found more room too, never that it sits on the CPU that the ingest waits for.
+    Where workers are CPUs, each has one for the ingest too: or it could be the ingest's own that a group finds.
     """
     step = next((each - workers for each in config.worker_counts if each > workers), 0)
-    group = [config.worker_bundle(use_gpu)] * step + [INGEST]
+    group = [config.worker_bundle(use_gpu)] * step + ([] if use_gpu else [INGEST])
     return [group] * ((config.max_workers - workers) // step) if step else []
 
 
@@ -309,6 +330,9 @@ def own_error(error: BaseException, run_dir: Path) -> BaseException:
                 f"a training worker died ({first_line(cause)}); the memory may have run out: lower "
                 f"batch_per_worker, then go on with --resume; Ray's logs say more; run folder: {run_dir}"
             )
+    for cause in inside:
+        if type(cause).__name__.startswith("WorkerGroupStartup"):
+            return WorkerDied(f"the workers could not be started ({first_line(cause)}); run folder: {run_dir}")
     # A worker whose peer died may tell of it first, as an error of the collective that it waited in.
     return next((cause for cause in inside if type(cause) is RuntimeError or "Dist" in type(cause).__name__), error)
 

@@ -42,32 +42,47 @@ def resolve_checkpoint(path: Path) -> Path:
     return path
 
 
-def read_step(folder: Path) -> int:
-    """The optimizer steps done when a checkpoint was made."""
-    return int(json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["step"])
+def step_of(folder: Path) -> int:
+    """The optimizer steps done when a checkpoint was made: by its folder's name, for its files may be damaged."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def newest_intact(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose files are whole; `warn` is told of every damaged one that is passed over.
+    """The newest checkpoint whose files are whole. Newer ones are damaged: they are renamed, and `warn` is told.
 
     Raises StageError where there are checkpoints, but all are damaged.
     """
     folders = checkpoint_folders(run_dir)
+    damaged: list[tuple[Path, str]] = []
     for folder in reversed(folders):
         damage = find_damage(folder)
         if damage is None:
+            for bad, why in damaged:
+                aside = bad.with_name(f"damaged-{bad.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                bad.rename(aside)
+                warn(f"{bad} is damaged ({why}) and now called {aside.name}; going on from the checkpoint before it")
             return folder
-        warn(f"{folder} is damaged ({damage}); going on from the checkpoint before it")
+        damaged.append((folder, damage))
+    for folder, why in damaged:
+        warn(f"{folder} is damaged ({why})")
     if folders:
         raise StageError(f"{run_dir}: every checkpoint is damaged; delete {run_dir / 'checkpoints'} to start anew")
     return None
+
+
+def remove_partial(run_dir: Path) -> None:
+    """Deletes what a killed run left of a checkpoint that it was writing."""
+    for folder in (run_dir / "checkpoints").glob(".step-*.tmp"):
+        shutil.rmtree(folder)
 
 
 def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, by their sizes and checksums; None where nothing is."""
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        int(state["step"])
+        if state["step"] != step_of(folder):
+            return f"{STATE_FILE} is of step {state['step']}"
         json.loads((folder / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))
         for name in (OPEN_CLIP_WEIGHTS, OPTIMIZER_FILE):
             with safe_open(folder / name, "np"):
@@ -92,7 +107,7 @@ def file_mark(path: Path) -> list[int]:
 def prune_checkpoints(run_dir: Path, keep: int, needed: Collection[int]) -> None:
     """Deletes all checkpoints but the newest `keep` and those of the steps that are `needed`."""
     for folder in checkpoint_folders(run_dir)[:-keep]:
-        if read_step(folder) not in needed:
+        if step_of(folder) not in needed:
             # Without its state file it is no checkpoint any more, should this be interrupted.
             (folder / STATE_FILE).unlink()
             shutil.rmtree(folder)

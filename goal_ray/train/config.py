@@ -136,7 +136,7 @@ class TrainConfig:
     accumulate: micro-batches per optimizer step; unlike chunks, they do not see each other's negatives
     epochs: passes over the data
     max_steps: stop (and end the schedule) after this many optimizer steps, if that comes first; empty is no limit
-    precision: bf16 or fp32 parameters and activations; bf16 keeps fp32 master weights
+    precision: fp32, or bf16, which computes in bfloat16 (autocast) with fp32 parameters, gradients and optimizer
     zero_stage: DeepSpeed ZeRO stage: 0 replicates, 1 shards optimizer states, 2 gradients too, 3 parameters too
     offload: optimizer keeps its states and the update on the CPU (zero_stage 1 to 3), parameters them too (3)
     workers: Ray Train workers, one GPU each on GPUs; [min, max] takes as many as the cluster has at every (re)start,

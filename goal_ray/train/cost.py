@@ -20,7 +20,8 @@ class Cost:
     step_seconds       time of the log windows alone: that of the steps and of waiting for data
     steps, images      done, those that a failure made necessary again included
     flops              useful: forwards and backwards of the towers
-    peak_flops         FLOP/s that all workers together reach at most; null where unknown
+    peak_flops         FLOP/s that all workers together reach at most, those of the last call; null where unknown
+    possible_flops     what the workers of each step would have done at most in its time; 0 where unknown
     peak_memory_bytes  the most that a worker held: allocated on its GPU, or resident on a CPU
     energy_joules      of the workers' GPUs during the steps; null where NVML does not tell
     """
@@ -35,6 +36,7 @@ class Cost:
     images: int = 0
     flops: float = 0.0
     peak_flops: float | None = None
+    possible_flops: float = 0.0
     peak_memory_bytes: int = 0
     energy_joules: float | None = None
 
@@ -53,6 +55,7 @@ class Cost:
         self.steps += record["window_steps"]
         self.images += record["images"]
         self.flops += record["flops"]
+        self.possible_flops += record["window_seconds"] * (self.peak_flops or 0.0)
         self.peak_memory_bytes = max(self.peak_memory_bytes, record["peak_memory_bytes"])
         if record["energy_joules"] is not None:
             self.energy_joules = (self.energy_joules or 0.0) + record["energy_joules"]
@@ -64,10 +67,8 @@ class Cost:
 
     @property
     def utilisation(self) -> float | None:
-        """Model FLOPs utilisation of the steps, the last call's workers taken for all; None where it is unknown."""
-        if not self.peak_flops or not self.step_seconds:
-            return None
-        return self.flops / self.step_seconds / self.peak_flops
+        """Model FLOPs utilisation of the steps; None where it is unknown."""
+        return self.flops / self.possible_flops if self.possible_flops else None
 
     @property
     def worker_hours(self) -> float:

@@ -21,6 +21,12 @@ class Demand:
         if not self.waiting:
             self.waiting = [placement_group(bundles) for bundles in self.groups]
 
+    def found(self) -> list[bool]:
+        """Which of the groups have their places, held until `end`; empty before `start`."""
+        from ray.util import placement_group_table
+
+        return [placement_group_table(group)["state"] == "CREATED" for group in self.waiting]
+
     def end(self) -> None:
         """They are no more; those that were found are free."""
         from ray.util import remove_placement_group

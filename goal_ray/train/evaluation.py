@@ -1,13 +1,12 @@
 """Evaluation of a run's checkpoints beside the training: which is the best, and whether to go on."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from goal_ray.train.checkpoint import checkpoint_folder, checkpoint_folders, read_step
+from goal_ray.train.checkpoint import checkpoint_folder, checkpoint_folders, step_of
 from goal_ray.train.config import EvaluationConfig
-from goal_ray.train.recorder import read_records
+from goal_ray.train.recorder import append_records, read_records
 
 HISTORY_FILE = "evaluations.jsonl"
 RANKINGS = ("", "local", "joint")
@@ -35,11 +34,12 @@ class Evaluations:
         self.config = config
         self.draw = draw
         self.say = say
-        self.values = {record["step"]: record[config.metric] for record in read_records(run_dir / HISTORY_FILE)}
+        history = read_records(run_dir / HISTORY_FILE)
+        self.values = {record["step"]: record[config.metric] for record in history if config.metric in record}
         self.waiting: int | None = None
         self.running: tuple[int, Any] | None = None
         for folder in checkpoint_folders(run_dir):
-            self.add(read_step(folder))
+            self.add(step_of(folder))
 
     def add(self, step: int) -> None:
         """Takes a complete checkpoint; one that was evaluated, or is being, is not evaluated again."""
@@ -82,11 +82,14 @@ class Evaluations:
             self.running = None
             self._take(step, reference)
 
-    def finish(self, tick: Callable[[], None]) -> None:
-        """Waits for all evaluations."""
+    def finish(self, tick: Callable[[], None], interrupted: Callable[[], bool]) -> bool:
+        """Waits for all evaluations. Returns whether they came, and no interruption before them."""
         while self.running is not None or self.waiting is not None:
+            if interrupted():
+                return False
             self.poll(wait_s=0.5)
             tick()
+        return True
 
     def _start(self, step: int) -> Any:
         import ray
@@ -99,15 +102,23 @@ class Evaluations:
         import ray
 
         try:
-            result = ray.get(reference)
+            self.record(step, ray.get(reference))
         except ray.exceptions.RayError as error:  # the training is worth more than one of its evaluations
-            reason = str(getattr(error, "cause", error)).strip().splitlines()[-1]
-            return self.say(f"the evaluation of step {step} failed: {reason}")
+            cause = getattr(error, "cause", error)
+            reason = (str(cause).strip().splitlines() or [type(cause).__name__])[-1]
+            self.say(f"the evaluation of step {step} failed: {reason}")
+
+    def record(self, step: int, result: dict[str, Any]) -> None:
+        """Takes what `evaluate` found of a checkpoint."""
         numbers = flatten(result)
-        self.values[step] = numbers[self.config.metric]
-        with (self.run_dir / HISTORY_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **numbers}) + "\n")
+        append_records(self.run_dir / HISTORY_FILE, [{"step": step, **numbers}])
         self.draw(step, numbers)
+        if self.config.metric not in numbers:
+            return self.say(
+                f"the evaluation of step {step} gave no {self.config.metric}: the held-out set has too few answers for "
+                f"it; set evaluation.metric to one of {', '.join(sorted(numbers))}"
+            )
+        self.values[step] = numbers[self.config.metric]
         mark = ", the best so far" if self.best == step else ""
         return self.say(f"step {step}: {self.config.metric} {self.values[step]:.2f}{mark}")
 

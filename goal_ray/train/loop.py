@@ -24,7 +24,7 @@ from goal_ray.settings import ModelConfig, ResizeConfig
 from goal_ray.step import prepare_step
 from goal_ray.storage import write_bytes
 from goal_ray.text import CaptionEncoder
-from goal_ray.train.checkpoint import read_step
+from goal_ray.train.checkpoint import step_of
 from goal_ray.train.config import TrainConfig
 from goal_ray.train.engine import build_engine, freeze_tower, set_learning_rate
 from goal_ray.train.feed import Feed, MicroBatch
@@ -82,7 +82,7 @@ def run_steps(job: Job, rank: int, ranks: int, device: torch.device) -> None:
     job.send({"doing": "loading the model"})
     start = config.model if job.resume_from is None else ModelConfig(str(job.resume_from))
     loaded = load_model(start, config.seed)
-    first_step = 0 if job.resume_from is None else read_step(job.resume_from)
+    first_step = 0 if job.resume_from is None else step_of(job.resume_from)
     preprocess = loaded.preprocess
     preprocess["resize_mode"] = "squash" if config.data.resize.mode == "squash" else "shortest"
     builder = pickled(build_examples(config, loaded))
@@ -117,20 +117,28 @@ def run_steps(job: Job, rank: int, ranks: int, device: torch.device) -> None:
             report(job, rank, window.arrived())
             if done % config.log_every == 0 or last:
                 report(job, rank, window.arrived(wait=True))
-                record = {
-                    "step": done,
-                    "total_steps": total_steps,
-                    "epoch": round(done / order.steps_per_epoch, 4),
-                    "lr": lr,
-                }
-                window.close(record, weights, engine.get_global_grad_norm())
+                window.close(describe_progress(job, done, lr), weights, engine.get_global_grad_norm())
             if done % config.checkpoint_every == 0 or last:
                 report(job, rank, window.arrived(wait=True))
                 writer.save(engine, loaded, done)
-        if done % config.checkpoint_every and done < total_steps:  # asked to stop
-            writer.save(engine, loaded, done)
         report(job, rank, window.arrived(wait=True))
+        if window.steps:  # asked to stop between two log lines
+            window.close(describe_progress(job, done, lr), weights, engine.get_global_grad_norm())
+            report(job, rank, window.arrived(wait=True))
+        if done % config.checkpoint_every and done < total_steps:
+            writer.save(engine, loaded, done)
         writer.wait()
+
+
+def describe_progress(job: Job, done: int, lr: float) -> dict[str, Any]:
+    """The beginning of a log line after `done` steps."""
+    config, order = job.config, job.order
+    return {
+        "step": done,
+        "total_steps": config.total_steps(order.steps_per_epoch),
+        "epoch": round(done / order.steps_per_epoch, 4),
+        "lr": lr,
+    }
 
 
 def take(batches: Iterator[MicroBatch], count: int, window: LogWindow) -> list[MicroBatch]:
@@ -212,7 +220,7 @@ def write_offenders(job: Job, step: int) -> Path:
                 for shard, at in rows.tolist()
             ]
             steps[number + 1] = samples
-    write_bytes(str(place), json.dumps(steps, ensure_ascii=False, indent=1).encode())
+    write_bytes(str(place), json.dumps(steps, ensure_ascii=False, indent=1).encode(errors="backslashreplace"))
     return place
 
 

@@ -2,15 +2,19 @@
 
 import json
 import logging
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from goal_ray.events import event, wants_json
+from goal_ray.storage import write_bytes
+from goal_ray.tars import shard_name
 from goal_ray.train.cost import Cost
 from goal_ray.train.loggers import Logger
 from goal_ray.train.metrics import Metrics
@@ -54,7 +58,7 @@ class RunRecorder:
     """Writes a run's metrics (JSONL and the loggers), its cost and its quarantine, and moves its progress line.
 
     seconds  wall time of the run up to the last record, earlier calls included
-    bad      every unusable sample met, by (shard, key)
+    bad      every unusable sample met, by `bad_sample`
     workers  how many are at work now
     prometheus  the run's metrics, for who has more to count
     """
@@ -67,7 +71,7 @@ class RunRecorder:
         self.since = began
         self.workers = 0
         self.cost = Cost.read(run_dir)
-        self.bad = {(record["shard"], record["key"]): record for record in read_records(run_dir / QUARANTINE_FILE)}
+        self.bad = {bad_sample(record): record for record in read_records(run_dir / QUARANTINE_FILE)}
         self.metrics: TextIO | None = None
 
     def __enter__(self) -> "RunRecorder":
@@ -144,27 +148,46 @@ class RunRecorder:
 
     def quarantine(self, records: list[dict[str, str]]) -> None:
         """Appends samples that were not met before to the run's quarantine."""
-        with (self.run_dir / QUARANTINE_FILE).open("a", encoding="utf-8") as file:
-            for record in records:
-                if (record["shard"], record["key"]) not in self.bad:
-                    self.prometheus.count("quarantined")
-                    sample = {name: record[name] for name in ("shard", "key", "reason")}
-                    event("train", str(self.run_dir), "sample quarantined", logging.WARNING, **sample)
-                    self.bad[record["shard"], record["key"]] = record
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        new = {bad_sample(record): record for record in records if bad_sample(record) not in self.bad}
+        append_records(self.run_dir / QUARANTINE_FILE, new.values())
+        self.bad |= new
+        for record in new.values():
+            self.prometheus.count("quarantined")
+            sample = {name: record[name] for name in ("shard", "key", "reason")}
+            event("train", str(self.run_dir), "sample quarantined", logging.WARNING, **sample)
+
+
+def bad_sample(record: dict[str, str]) -> tuple[str, str]:
+    """Which sample a quarantine's record is of, wherever its shard lies."""
+    return shard_name(record["shard"]), record["key"]
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file that a killed run may have left in the middle of a line; none where it is missing."""
+    """The records of a JSONL file; none where it is missing. Lines that were torn by a kill or a full disk are none."""
+    records = []
     # Bytes: a key may hold a sign that str.splitlines takes for a line's end, and a torn line may end inside a sign.
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith(b"}")]
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return records
+
+
+def append_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Adds records to a JSONL file, behind a torn line where there is one."""
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    # A key's bytes that are not UTF-8, Python's surrogates, become JSON's escapes, which give them back.
+    text = "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace")
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            text = text if file.read(1) == b"\n" else b"\n" + text
+        file.write(text)
 
 
 def keep_steps(path: Path, last_step: int) -> list[dict[str, Any]]:
     """Drops log lines beyond a step, which will be logged again, and returns the others."""
     kept = [record for record in read_records(path) if record["step"] <= last_step]
-    path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    write_bytes(str(path), "".join(json.dumps(record) + "\n" for record in kept).encode())
     return kept
 
 

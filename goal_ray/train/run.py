@@ -17,9 +17,10 @@ from goal_ray.errors import ConfigError, StageError
 from goal_ray.order import BatchOrder
 from goal_ray.ray_session import is_joined, keep_ray_data_here, quiet_ray_data, ray_session
 from goal_ray.settings import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
+from goal_ray.storage import write_bytes
 from goal_ray.tars import expand_shards, shard_name
 from goal_ray.train.attempts import Attempts, cluster_resources, lacking
-from goal_ray.train.checkpoint import checkpoint_folders, newest_intact, prune_checkpoints, read_step
+from goal_ray.train.checkpoint import checkpoint_folders, newest_intact, prune_checkpoints, remove_partial, step_of
 from goal_ray.train.config import TrainConfig
 from goal_ray.train.cost import COST_FILE, Cost
 from goal_ray.train.evaluation import Evaluations
@@ -95,19 +96,25 @@ def train(config: TrainConfig, resume: bool | None = False) -> TrainResult:
     held_out = config.evaluation.shards
     config = replace(
         config,
-        model=replace(config.model, name=absolute_if_path(config.model.name)),
-        data=replace(config.data, shards=absolute_if_path(config.data.shards)),
-        evaluation=replace(config.evaluation, shards=held_out and absolute_if_path(held_out)),
+        model=replace(
+            config.model,
+            name=absolute_if_path(config.model.name),
+            weights=config.model.weights and absolute_if_path(config.model.weights),
+        ),
+        data=replace(config.data, shards=absolute_pattern(config.data.shards)),
+        evaluation=replace(config.evaluation, shards=held_out and absolute_pattern(held_out)),
     )
-    urls = tuple(map(absolute_if_path, expand_shards(config.data.shards)))
-    if held_out is not None:
-        expand_shards(held_out)
+    # By name alone: the order of the samples must not depend on where the tars lie.
+    urls = tuple(sorted(expand_shards(config.data.shards), key=shard_name))
+    if config.evaluation.shards is not None:
+        expand_shards(config.evaluation.shards)
     run_dir = Path(config.storage_path).absolute() / config.name
     resume = (run_dir / CONFIG_FILE).exists() if resume is None else resume
     check_run(run_dir, config, resume)
     busy_cpus = config.max_workers + (config.evaluation.cpus if held_out else 0)
     with ProgressLine(config.name) as line:
         resume_from = newest_intact(run_dir, line.say) if resume else None
+        remove_partial(run_dir)
         line.show("starting Ray")
         try:
             with ray_session(busy_cpus), interruption() as interrupted:  # in this order: Ray sets a handler of its own
@@ -141,9 +148,10 @@ def train_on_cluster(
     check_share(bad, samples, config.data.max_bad_share)
     order = BatchOrder(tuple(counts), config.global_batch, config.seed, config.data.shuffle_shards)
     total_steps = config.total_steps(order.steps_per_epoch)
-    first_step = 0 if resume_from is None else read_step(resume_from)
+    first_step = 0 if resume_from is None else step_of(resume_from)
     use_gpu = choose_gpu(config)
     check_backend(config, use_gpu)
+    check_evaluation(config)
     line.begin(first_step, total_steps)
     write_run(run_dir, config, {shard_name(url): count for url, count in zip(urls, counts, strict=True)})
     before = read_result(run_dir)
@@ -152,25 +160,27 @@ def train_on_cluster(
     with RunRecorder(run_dir, line, open_loggers(run_dir, config), Metrics(str(run_dir)), began) as recorder:
         recorder.quarantine(bad)
         evaluations = Evaluations(run_dir, config.evaluation, recorder.evaluated, line.say)
+        most_bad = int(config.data.max_bad_share * samples)
         job = {
             "config": config,
             "run_dir": run_dir,
             "urls": urls,
             "counts": tuple(counts),
             "indexes": indexes,
-            "bad_allowed": int(config.data.max_bad_share * samples) - len(bad),
+            "bad_allowed": most_bad - len(bad),
             "total_steps": total_steps,
         }
-        attempts = Attempts(config, job, use_gpu, recorder, evaluations, interrupted)
+        attempts = Attempts(config, job, most_bad, use_gpu, recorder, evaluations, interrupted)
         ending = attempts.run(resume_from) if first_step < total_steps else "finished"
-        step = read_step(checkpoint_folders(run_dir)[-1])
+        step = step_of(checkpoint_folders(run_dir)[-1])
         if ending == "interrupted":
             raise StageError(
                 f"ended by a signal after step {step} of {total_steps}, which is saved; go on with --resume"
             )
         check_share(list(recorder.bad.values()), samples, config.data.max_bad_share)
         line.show("evaluating")
-        evaluations.finish(line.tick)
+        if not evaluations.finish(line.tick, interrupted.is_set):
+            raise StageError(f"ended by a signal before all {len(evaluations.needed)} evaluations; go on with --resume")
         prune_checkpoints(run_dir, config.keep_checkpoints, evaluations.needed)
         recorder.count_time()
         write_result(run_dir, step, recorder.seconds, ending, evaluations.best)
@@ -193,6 +203,11 @@ def interruption() -> Iterator[threading.Event]:
         yield event
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def absolute_pattern(spec: str) -> str:
+    """A file, folder, glob or brace pattern with its folder; an address unchanged."""
+    return spec if "://" in spec else os.path.abspath(spec)
 
 
 def absolute_if_path(name: str) -> str:
@@ -235,15 +250,18 @@ def write_run(run_dir: Path, config: TrainConfig, counts: dict[str, int]) -> Non
     shards = run_dir / SHARDS_FILE
     if shards.exists():
         before = json.loads(shards.read_text(encoding="utf-8"))
-        if before != counts:
+        if list(before.items()) != list(counts.items()):
             other = sorted(name for name, _ in before.items() ^ counts.items())
+            what = (
+                f"{', '.join(other[:3])}{', ...' if len(other) > 3 else ''} differ" if other else "their order differs"
+            )
             raise StageError(
-                f"the shards are not those that {run_dir} started with (names and counts in {shards}): "
-                f"{', '.join(other[:3])}{', ...' if len(other) > 3 else ''} differ; use the same data, or start anew"
+                f"the shards are not those that {run_dir} started with (names and counts in {shards}): {what}; use "
+                "the same data, or start anew"
             )
     run_dir.mkdir(parents=True, exist_ok=True)
-    shards.write_text(json.dumps(counts, indent=0), encoding="utf-8")
-    (run_dir / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
+    write_bytes(str(shards), json.dumps(counts, indent=0).encode())
+    write_bytes(str(run_dir / CONFIG_FILE), to_yaml(config).encode())
 
 
 def check_share(bad: list[dict[str, str]], samples: int, max_bad_share: float) -> None:
@@ -274,6 +292,21 @@ def check_backend(config: TrainConfig, use_gpu: bool) -> None:
         choose_backend(config.loss.tsl_backend, "cuda" if use_gpu else "cpu")
     except ValueError as error:
         raise ConfigError(f"loss.tsl_backend: {error}") from None
+
+
+def check_evaluation(config: TrainConfig) -> None:
+    """Raises StageError where no node of a private cluster has what an evaluation needs; it would be waited for."""
+    import ray
+
+    wanted = config.evaluation
+    if wanted.shards is None or is_joined():  # a cluster that was joined may grow
+        return
+    rooms = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(room.get("CPU", 0) >= wanted.cpus and room.get("GPU", 0) >= wanted.gpus for room in rooms):
+        raise StageError(
+            f"an evaluation needs {wanted.cpus:g} CPUs and {wanted.gpus:g} GPUs of one node, and there are "
+            f"{rooms[0].get('CPU', 0):g} and {rooms[0].get('GPU', 0):g}; lower evaluation.cpus or evaluation.gpus"
+        )
 
 
 def export_model(checkpoint: Path, target: Path) -> Path:

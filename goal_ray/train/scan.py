@@ -132,7 +132,7 @@ def index_shards(urls: Sequence[str], needs_pairs: bool) -> Scan:
     """Scans the tars in parallel, on Ray. Raises ShardError on a corrupt tar."""
     import ray
 
-    @ray.remote(num_returns=2)
+    @ray.remote(num_returns=2, max_retries=-1)  # an index goes with its node, as often as nodes go
     def scan(url: str) -> tuple[tuple[int, list[dict[str, str]]], ShardIndex]:
         index = scan_shard(url, needs_pairs)
         return (len(index), index.bad), index

@@ -1,5 +1,7 @@
 """How many workers an elastic run starts, and what it makes of their micro-batches."""
 
+import math
+import threading
 from collections import Counter
 
 import pytest
@@ -7,8 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from goal_ray.settings import ModelConfig
-from goal_ray.train.attempts import growth, lacking, most_workers
+from goal_ray.train.attempts import Attempts, growth, lacking, most_workers
 from goal_ray.train.config import DataConfig, TrainConfig
+from goal_ray.train.demand import Demand
+from goal_ray.train.evaluation import Evaluations
+from goal_ray.train.metrics import Metrics
+from goal_ray.train.recorder import ProgressLine, RunRecorder
 
 
 def elastic(workers, batch=4, **more) -> TrainConfig:
@@ -41,6 +47,18 @@ def test_a_worker_s_custom_resources_count_too():
     assert lacking(config, False, {"CPU": 3, "train": 2}) == ""
 
 
+def test_bad_samples_are_counted_over_all_workers(tmp_path):
+    config = elastic(1)
+    with ProgressLine("goal") as line, RunRecorder(tmp_path, line, [], Metrics("goal"), 0.0) as recorder:
+        evaluations = Evaluations(tmp_path, config.evaluation, lambda *_: None, line.say)
+        attempts = Attempts(config, {"run_dir": tmp_path}, 2, False, recorder, evaluations, threading.Event())
+        attempts.looked_around = math.inf  # there is no cluster to look at
+        for number, ending in enumerate([None, None, "spoiled"]):
+            sample = {"shard": "a.tar", "key": str(number), "stage": "decode", "reason": "torn"}
+            attempts._receive({"bad": [sample, sample]})
+            assert attempts._reason_to_end(1, Demand([])) == ending
+
+
 @given(data=st.data(), fewest=st.integers(1, 8), most=st.integers(1, 8), use_gpu=st.booleans())
 def test_whatever_is_asked_for_beside_the_workers_leaves_the_ingest_its_place(data, fewest, most, use_gpu):
     config = elastic((fewest, max(fewest, most)))
@@ -48,7 +66,7 @@ def test_whatever_is_asked_for_beside_the_workers_leaves_the_ingest_its_place(da
     groups = growth(config, use_gpu, workers)
     assert bool(groups) == (workers < config.max_workers)
     for group in groups:
-        held = Counter()
+        held = Counter({"CPU": 1.0} if use_gpu else {})  # the ingest's, which no GPU worker takes
         for bundle in [config.worker_bundle(use_gpu)] * workers + group:
             held.update(bundle)
         # so the run restarts with more workers, and the places asked for are given back

@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from goal_ray.errors import StageError
-from goal_ray.train.checkpoint import file_mark, find_damage, newest_intact, prune_checkpoints
+from goal_ray.train.checkpoint import file_mark, find_damage, newest_intact, prune_checkpoints, remove_partial
+from goal_ray.train.config import EvaluationConfig
+from goal_ray.train.evaluation import Evaluations
 
 FILES = ("open_clip_model.safetensors", "optimizer.safetensors")
 
@@ -50,11 +52,37 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(run_
     newest = run_dir / "checkpoints" / "step-00000008"
     harm(newest / name)
     said = []
+    never = not (newest / "state.json").exists()  # then it never was a checkpoint
     assert newest_intact(run_dir, said.append) == run_dir / "checkpoints" / "step-00000006"
-    # Without its state file it never was a checkpoint.
-    gone = not (newest / "state.json").exists()
-    assert gone == (not said)
+    assert never == (not said)
     assert all("step-00000008 is damaged" in line for line in said)
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_counts_no_more(run_dir):
+    cut(run_dir / "checkpoints" / "step-00000008" / FILES[0])
+    lines: list[str] = []
+    newest_intact(run_dir, lines.append)
+    assert "now called damaged-step-00000008" in lines[0]
+    prune_checkpoints(run_dir, 1, ())
+    assert [path.name for path in sorted((run_dir / "checkpoints").iterdir())] == [
+        "damaged-step-00000008",
+        "step-00000006",
+    ]
+    assert newest_intact(run_dir, lines.append) == run_dir / "checkpoints" / "step-00000006"
+
+
+def test_an_older_checkpoint_with_a_torn_state_stops_nobody(run_dir):
+    cut(run_dir / "checkpoints" / "step-00000002" / "state.json")
+    found = Evaluations(run_dir, EvaluationConfig("held-out"), lambda *_: None, lambda _: None)
+    assert found.waiting == 8
+    prune_checkpoints(run_dir, 2, ())
+    assert steps(run_dir) == [6, 8]
+
+
+def test_what_a_killed_writer_left_is_removed(run_dir):
+    (run_dir / "checkpoints" / ".step-00000010.tmp").mkdir()
+    remove_partial(run_dir)
+    assert steps(run_dir) == [2, 4, 6, 8]
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew_by_itself(run_dir):

@@ -49,7 +49,7 @@ def run_stage(folder: Path, config, resume_from: Path | None, rank: int, save: b
     from goal_ray.model import load_model
     from goal_ray.settings import ModelConfig
     from goal_ray.step import prepare_step
-    from goal_ray.train.checkpoint import read_step
+    from goal_ray.train.checkpoint import step_of
     from goal_ray.train.engine import build_engine, freeze_tower, set_learning_rate
     from goal_ray.train.loop import train_step
     from goal_ray.train.state import CheckpointWriter, allocate_averages, load_averages
@@ -59,7 +59,7 @@ def run_stage(folder: Path, config, resume_from: Path | None, rank: int, save: b
     freeze_tower(loaded.clip, config.optimizer.freeze)
     model = GoalModel(loaded.clip, config.loss, loaded.preprocess["mean"], loaded.preprocess["std"])
     engine = build_engine(model, config, workers=2)
-    first = 0 if resume_from is None else read_step(resume_from)
+    first = 0 if resume_from is None else step_of(resume_from)
     allocate_averages(engine, first)
     if resume_from is not None:
         load_averages(resume_from, engine, loaded.clip)

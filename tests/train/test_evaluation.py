@@ -62,6 +62,19 @@ def test_without_patience_a_run_goes_on(tmp_path):
     assert not evaluations(tmp_path, {2: 30.0, 4: 10.0, 6: 10.0, 8: 1.0}).out_of_patience
 
 
+def test_a_metric_that_the_held_out_set_is_too_small_for_costs_no_run(tmp_path):
+    found = evaluations(tmp_path, {2: 10.0}, metric="text_to_image.R@50")
+    said = []
+    found.say = said.append
+    ranking = {"R@1": 30.0, "mAP": 40.0}
+    found.record(4, {"text_to_image": ranking, "image_to_text": ranking})
+    assert "gave no text_to_image.R@50" in said[0]
+    assert "set evaluation.metric to one of image_to_text.R@1, " in said[0]
+    again = Evaluations(tmp_path, found.config, lambda *_: None, lambda _: None)
+    assert again.values == {2: 10.0}
+    assert again.best == 2
+
+
 def test_metrics_have_dotted_names():
     ranking = {"text_to_image": {"R@1": 1.0}, "image_to_text": {"R@1": 2.0}}
     assert flatten({**ranking, "count": 9, "joint": ranking}) == {

@@ -2,7 +2,11 @@
 
 import json
 
-from goal_ray.train.recorder import read_records
+import pytest
+
+from goal_ray.train.cost import Cost
+from goal_ray.train.metrics import Metrics
+from goal_ray.train.recorder import ProgressLine, RunRecorder, append_records, read_records
 
 
 def test_records_survive_odd_signs_and_a_line_torn_inside_one(tmp_path):
@@ -12,3 +16,38 @@ def test_records_survive_odd_signs_and_a_line_torn_inside_one(tmp_path):
     path.write_bytes(line + line[:-4])
     assert read_records(path) == [record]
     assert read_records(tmp_path / "missing.jsonl") == []
+
+
+@pytest.mark.parametrize("torn", [b'{"key": "c', b'{"key": {"a": 1}', b'{"key": "\xe6'])
+def test_what_is_added_behind_a_torn_line_can_be_read(tmp_path, torn):
+    path = tmp_path / "evaluations.jsonl"
+    append_records(path, [{"key": "a"}])
+    path.write_bytes(path.read_bytes() + torn)
+    append_records(path, [{"key": "b"}, {"key": "caf\udce9"}])
+    append_records(path, [])
+    append_records(path, [{"key": "d"}])
+    assert [record["key"] for record in read_records(path)] == ["a", "b", "caf\udce9", "d"]
+
+
+def test_a_bad_sample_is_one_wherever_its_shard_lies(tmp_path):
+    def record(folder, key):
+        return {"shard": f"{folder}/train-0.tar", "key": key, "stage": "decode", "reason": "torn"}
+
+    with ProgressLine("goal") as line, RunRecorder(tmp_path, line, [], Metrics("goal"), 0.0) as recorder:
+        recorder.quarantine([record("/data", "a"), record("/data", "caf\udce9")])
+    with ProgressLine("goal") as line, RunRecorder(tmp_path, line, [], Metrics("goal"), 0.0) as recorder:
+        recorder.quarantine(
+            [record("s3://bucket", "a"), record("s3://bucket", "caf\udce9"), record("s3://bucket", "b")]
+        )
+        assert len(recorder.bad) == 3
+    assert len(read_records(tmp_path / "quarantine.jsonl")) == 3
+
+
+def test_utilisation_is_that_of_the_workers_that_did_each_step():
+    window = {"window_steps": 1, "images": 8, "peak_memory_bytes": 1, "energy_joules": None}
+    cost = Cost(peak_flops=400.0)
+    cost.add({**window, "window_seconds": 10.0, "flops": 1600.0})
+    cost.peak_flops = 100.0
+    cost.add({**window, "window_seconds": 20.0, "flops": 800.0})
+    assert cost.utilisation == pytest.approx(0.4)
+    assert Cost().utilisation is None
