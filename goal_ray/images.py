@@ -162,12 +162,13 @@ def scans(data: bytes) -> int:
 
 
 def orientation(image: ImageFile) -> int:
-    """The EXIF orientation, 1-8; 1, which is upright, where the EXIF block is missing or unreadable."""
+    """The EXIF orientation, 1-8; 1, which is upright, where the EXIF block is missing, unreadable or says another."""
     try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        found = int(image.getexif().get(ExifTags.Base.Orientation, 1))
     # A damaged EXIF block says nothing against the pixels.
     except Exception:
         return 1
+    return found if 1 <= found <= 8 else 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -32,6 +32,8 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 CAPTION_EXTENSION = "txt"
 PAIRS_EXTENSION = "pairs.json"
 LARGEST_MEMBER_BYTES = 2**30
+# What tarfile raises on a damaged tar; ValueError, where a number in an extended header makes no sense.
+DAMAGE = (tarfile.TarError, EOFError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -184,19 +186,37 @@ def open_tar(file: IO[bytes], mode: Literal["r|", "r:"]) -> tarfile.TarFile:
 def iter_members(tar: tarfile.TarFile) -> Iterator[Member]:
     """The members of a tar from `open_tar` with their samples: the one place that says where a sample ends.
 
-    Raises tarfile.TarError on damage, and at the end of a tar that lacks its end mark, since it was cut short.
+    Raises one of DAMAGE on damage, and at the end of a tar that lacks its end mark, since it was cut short.
     """
     sample, key = -1, None
     for info in tar:
+        if info.size < 0:  # tarfile would come back to the same header again and again
+            raise tarfile.ReadError(f"member {info.name!r} has {info.size} bytes")
         name = split_name(info.name)
         if not info.isreg() or name is None:
             yield Member(info, -1, "", "")
-            continue
-        if name[0] != key:
-            sample, key = sample + 1, name[0]
-        yield Member(info, sample, *name)
+        else:
+            if name[0] != key:
+                sample, key = sample + 1, name[0]
+            yield Member(info, sample, *name)
+        _skip_data(tar)
     if not getattr(tar, "saw_end_mark", False):
         raise tarfile.ReadError("the end-of-archive mark is missing")
+
+
+def _skip_data(tar: tarfile.TarFile) -> None:
+    """Goes to the end of the last member of a tar that is read from the front.
+
+    tarfile itself, where a header claims more than the file holds, reads on behind its end, for as long as that takes.
+    """
+    if not isinstance(tar.fileobj, tarfile._Stream):  # type: ignore[attr-defined]
+        return
+    left = tar.offset - tar.fileobj.tell()
+    while left > 0:
+        skipped = len(tar.fileobj.read(min(left, tarfile.RECORDSIZE)))
+        if not skipped:
+            raise tarfile.ReadError("the last member reaches beyond the end of the file")
+        left -= skipped
 
 
 def read_member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
@@ -239,8 +259,7 @@ def stream_samples(url: str, wanted: Callable[[int], bool] = lambda number: True
                         current = replace(current, too_large=(*current.too_large, member.extension))
                         continue
                     current = current.with_member(member.extension, read_member(tar, member.info))
-        # tarfile lets the ValueError of a senseless number in an extended header through.
-        except (tarfile.TarError, EOFError, ValueError) as error:
+        except DAMAGE as error:
             damage = str(error)
     if damage is not None:
         key = current.key if current is not None else ""
@@ -262,7 +281,7 @@ def read_part(url: str, offset_bytes: int, size_bytes: int) -> Sample:
                 if member.sample >= 0:
                     sample = found.get(member.sample, Sample(member.key, {}))
                     found[member.sample] = sample.with_member(member.extension, read_member(tar, member.info))
-    except (tarfile.TarError, EOFError, ValueError) as error:
+    except DAMAGE as error:
         raise ShardError(f"{url}: no sample at byte {offset_bytes}: {error}; was the tar changed?") from None
     if len(found) != 1:
         raise ShardError(f"{url}: {len(found)} samples at byte {offset_bytes}, not 1; was the tar changed?")
@@ -288,7 +307,7 @@ def reading_headers(url: str) -> Iterator[tarfile.TarFile]:
         try:
             with open_tar(file, "r:") as tar:
                 yield tar
-        except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
+        except (*DAMAGE, OSError, OverflowError) as error:
             # Only a senseless place to seek to says something against the tar; else the storage fails.
             if isinstance(error, OSError) and error.errno != errno.EINVAL:
                 raise

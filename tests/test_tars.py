@@ -200,3 +200,33 @@ def test_a_member_that_is_too_large_is_not_read_and_its_sample_refused(tmp_path,
         with pytest.raises(ShardError, match=r"'a': member \.jpg has more than 100 bytes"):
             member()
     assert usable.image_bytes() == b"p" * 100
+
+
+def crafted(path, *headers):
+    """A tar of these 512-byte headers, each followed by 512 bytes of data, and a sample before them."""
+    write_tar(str(path), iter([("a", {"jpg": b"p", "txt": b"A."})]))
+    content = path.read_bytes().rstrip(b"\0")
+    content += bytes(-len(content) % tarfile.BLOCKSIZE)
+    path.write_bytes(content + b"".join(header + bytes(512) for header in headers) + bytes(tarfile.RECORDSIZE))
+
+
+# Of a sample before damage it is known only from a next one that it is complete.
+@pytest.mark.parametrize(("size", "known"), [(10**16, ["a"]), (-512, []), (-(10**9), [])])
+def test_a_size_that_makes_no_sense_ends_the_tar_and_no_reader_waits(tmp_path, size, known):
+    info = tarfile.TarInfo("b.jpg")
+    info.size = size
+    crafted(tmp_path / "x.tar", info.tobuf(tarfile.GNU_FORMAT))
+    read = []
+    with pytest.raises(ShardError, match="corrupt or truncated tar"):
+        read.extend(sample.key for sample in stream_samples(str(tmp_path / "x.tar")))
+    assert read == known
+    with pytest.raises(ShardError, match="corrupt or truncated tar"):
+        index_shard(str(tmp_path / "x.tar"))
+
+
+def test_a_stray_member_that_reaches_beyond_the_end_is_damage(tmp_path):
+    info = tarfile.TarInfo("stray")
+    info.size = 10**16
+    crafted(tmp_path / "x.tar", info.tobuf(tarfile.GNU_FORMAT))
+    with pytest.raises(ShardError, match="reaches beyond the end of the file"):
+        list(stream_samples(str(tmp_path / "x.tar")))

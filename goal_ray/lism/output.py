@@ -15,6 +15,7 @@ import json
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from pydantic import TypeAdapter
 from goal_ray.lism.picks import Picks
 from goal_ray.lism.work import PHASES, Work
 from goal_ray.storage import (
+    exists,
     join,
     list_names,
     open_atomic,
@@ -36,6 +38,8 @@ from goal_ray.storage import (
 )
 from goal_ray.tar_index import remove_index, write_index
 from goal_ray.tars import (
+    DAMAGE,
+    LARGEST_MEMBER_BYTES,
     PAIRS_EXTENSION,
     Member,
     MemberPlace,
@@ -160,7 +164,7 @@ class OutputFolder:
 
     def remove_abandoned(self) -> None:
         """Deletes what killed runs left half written."""
-        for part in ("", "done", "quarantine"):
+        for part in ("", "done", "index", "quarantine"):
             remove_abandoned(join(self.url, part))
 
     def finished(self, sizes: Mapping[str, int]) -> dict[str, ShardCounts]:
@@ -177,6 +181,10 @@ class OutputFolder:
             if complete and counts.source_bytes == sizes[shard]:
                 found[shard] = counts
         return found
+
+    def is_finished(self, shard: str) -> bool:
+        """Whether the shard's output was complete, and nobody has begun to replace it."""
+        return exists(self._done(shard))
 
     def quarantine(self, shards: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
         """For each of these finished shards, which all have some, the records of samples that were left out."""
@@ -209,8 +217,7 @@ class OutputFolder:
                 remove(self._quarantine(shard))
             remove_index(self.tar(shard))
             if pairs:
-                copy = partial(write_paired_tar, shard, self.tar(shard), pairs)
-                written = patiently(copy, self.tar(shard))
+                written = patiently(partial(write_paired_tar, shard, self.tar(shard), pairs), self.tar(shard))
                 write_index(self.tar(shard), written.places, written.size_bytes)
                 counts.picks = counts.picks.placed(written.parts)
             else:
@@ -236,7 +243,8 @@ class PairedTar(NamedTuple):
 def write_paired_tar(source: str, target: str, pairs: Mapping[int, bytes]) -> PairedTar:
     """Copies a tar member by member, adding each sample's pairs.json behind its members; no tar is held in memory.
 
-    Samples that are not in `pairs` are left out; members of no sample are kept; an earlier pairs.json is replaced.
+    Samples that are not in `pairs` are left out; members of no sample are kept, unless they have more than
+    LARGEST_MEMBER_BYTES; an earlier pairs.json is replaced.
     Reads up to the damage of a truncated tar, whose samples beyond it cannot be in `pairs`.
     """
     starts: dict[int, int] = {}
@@ -277,11 +285,13 @@ def write_paired_tar(source: str, target: str, pairs: Mapping[int, bytes]) -> Pa
                         starts.setdefault(member.sample, output.offset)
                         if member.sample not in pairs or member.extension == PAIRS_EXTENSION:
                             continue
-                    data = read_member(tar, member.info) if member.info.isreg() else b""
-                    # A sparse file's header tells of holes, which are filled now.
-                    header = member_info(member.info.name, len(data)) if member.info.issparse() else member.info
-                    add(header, data, member.key, member.extension)
-        except (tarfile.TarError, EOFError):
+                    if member.info.size > LARGEST_MEMBER_BYTES:  # of no sample, or it would not be in `pairs`
+                        continue
+                    # Links and folders, too, may give a size, but only what tarfile does not know has that much data.
+                    holds = member.info.isreg() or member.info.type not in tarfile.SUPPORTED_TYPES
+                    data = read_member(tar, member.info) if holds else b""
+                    add(resized(member.info, len(data)), data, member.key, member.extension)
+        except DAMAGE:
             if last is not None and last.sample in pairs:
                 raise
         else:
@@ -289,6 +299,18 @@ def write_paired_tar(source: str, target: str, pairs: Mapping[int, bytes]) -> Pa
                 end_sample(last)
         content_bytes = output.offset
     return PairedTar(parts, places, content_bytes + len(end_mark(content_bytes)))
+
+
+def resized(info: tarfile.TarInfo, size_bytes: int) -> tarfile.TarInfo:
+    """A member's header for so many bytes of data: the same, where it tells of them, and of no holes between them."""
+    if info.issparse():
+        return member_info(info.name, size_bytes)
+    if info.size == size_bytes:
+        return info
+    other = copy(info)
+    other.size = size_bytes
+    other.pax_headers = {name: value for name, value in info.pax_headers.items() if name != "size"}
+    return other
 
 
 def summary(finished: Iterable[ShardCounts], seconds: float) -> dict[str, Any]:

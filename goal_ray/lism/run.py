@@ -119,6 +119,10 @@ def choose_gpu(config: LismConfig) -> bool:
     return on_gpu
 
 
+class HalfReplaced(Exception):
+    """A worker died between an earlier output of a shard and the new one, so that nothing of it can be kept."""
+
+
 @dataclass(frozen=True)
 class Again:
     """Samples of a finished shard that are to be done again, and the counts of the first time."""
@@ -154,7 +158,7 @@ def quarantined_again(finished: dict[str, ShardCounts], folder: OutputFolder) ->
 def pair_missing(
     sizes: Mapping[str, int],
     finished: dict[str, ShardCounts],
-    again: Mapping[str, Again],
+    again: dict[str, Again],
     folder: OutputFolder,
     config: LismConfig,
 ) -> None:
@@ -179,7 +183,7 @@ def pair_missing(
 def pair_shards(
     sizes: Mapping[str, int],
     finished: dict[str, ShardCounts],
-    again: Mapping[str, Again],
+    again: dict[str, Again],
     folder: OutputFolder,
     config: LismConfig,
 ) -> None:
@@ -188,6 +192,11 @@ def pair_shards(
 
     on_gpu, finish = choose_gpu(config), ray.remote(finish_shard)
     shards = list(sizes)
+    earlier = [*finished.values(), *(each.earlier for each in again.values())]
+    samples_before = sum(counts.samples for counts in earlier) - sum(
+        each.earlier.quarantined for each in again.values()
+    )
+    bad_before = sum(counts.quarantined for counts in finished.values())
     selected = {number: again[shard].selection for number, shard in enumerate(shards) if shard in again}
     waiting: dict[int, dict[int, Item]] = defaultdict(dict)
     work: dict[int, list[Work]] = defaultdict(list)
@@ -202,16 +211,16 @@ def pair_shards(
             stages = [item.problem.stage for item in bad if item.problem is not None]
             progress.passed(len(group.items), size_of(group.items), stages, group.work)
             if bad and progress.bad > EARLY_BAD:
-                example = bad_record(shard, bad[-1])
-                check_bad(progress.bad, progress.images, config.max_bad_share, example, folder)
+                example, all_bad = bad_record(shard, bad[-1]), bad_before + progress.bad
+                check_bad(all_bad, samples_before + progress.images, config.max_bad_share, example, folder)
             if group.count is not None:
                 expected[group.shard] = group.count
             if len(items) == expected.get(group.shard):
                 through = list(waiting.pop(group.shard).values()), work.pop(group.shard)
                 writing[finish.remote(shard, sizes[shard], *through, again.get(shard), folder)] = shard
                 progress.skipped(sizes[shard] - size_of(items.values()))
-            collect(writing, finished, progress, folder.url, timeout_s=0)
-        collect(writing, finished, progress, folder.url, timeout_s=None)
+            collect(writing, finished, again, progress, folder.url, timeout_s=0)
+        collect(writing, finished, again, progress, folder.url, timeout_s=None)
         progress.all_done()
     if waiting:
         raise WorkerLost(f"{len(waiting)} shards came back incomplete; run the same command again, it goes on")
@@ -223,11 +232,17 @@ def size_of(items: Iterable[Item]) -> int:
 
 
 def collect(
-    writing: dict[Any, str], finished: dict[str, ShardCounts], progress: Progress, run: str, timeout_s: float | None
+    writing: dict[Any, str],
+    finished: dict[str, ShardCounts],
+    again: dict[str, Again],
+    progress: Progress,
+    run: str,
+    timeout_s: float | None,
 ) -> None:
     """Moves the shards that are written by now, or all, from `writing` to `finished`.
 
-    Raises StageError for one that failed.
+    Raises StageError for one that failed, WorkerLost for one that another attempt may do; one whose worker died while
+    it replaced an earlier output is no longer in `again`.
     """
     import ray
 
@@ -239,6 +254,9 @@ def collect(
         try:
             finished[shard], work = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, HalfReplaced):
+                del again[shard]
+                raise WorkerLost(f"{error.cause}; it is done again whole") from None
             raise StageError(
                 f"the pairs of {shard_name(shard)} cannot be written: {type(error.cause).__name__}: {error.cause}; "
                 "mend it and run the same command again, it goes on"
@@ -267,6 +285,8 @@ def finish_shard(
         for phase, seconds in done.seconds.items():
             counts.add_work(phase, seconds, done.images)
     if again is not None:
+        if not folder.is_finished(shard):
+            raise HalfReplaced(f"a worker died while it wrote the pairs of {shard_name(shard)}")
         items = [*items, *again.kept(shard, folder)]
         for phase, (busy, images) in again.earlier.work.items():
             counts.add_work(phase, busy, images)

@@ -16,8 +16,8 @@ from goal_ray.shards.sources.detect import KINDS, SourceSettings
 from goal_ray.shards.sources.lists import CAPTION_COLUMNS, PICTURE_COLUMNS
 from goal_ray.shards.validate import validate_shards
 from goal_ray.shards.workers import map_shards
-from goal_ray.storage import join, open_atomic
-from goal_ray.tar_index import make_index
+from goal_ray.storage import join, open_atomic, remove_abandoned
+from goal_ray.tar_index import index_url, make_index
 from goal_ray.tars import expand_shards
 
 COMMANDS = {
@@ -202,7 +202,10 @@ def run_index(arguments: Sequence[str]) -> None:
     command = parser("shards index", INDEX, "goal-ray shards index s3://bucket/captions/", SHARDS)
     command.add_argument("--workers", metavar="N", type=int, help=WORKERS)
     options = command.parse_args(arguments)
-    written = [new for _, new in map_shards(make_index, expand_shards(options.shards), options.workers, "index")]
+    tars = expand_shards(options.shards)
+    for folder in {index_url(tar).rpartition("/")[0] for tar in tars}:
+        remove_abandoned(folder)
+    written = [new for _, new in map_shards(make_index, tars, options.workers, "index")]
     print(f"{sum(written)} indexes written, {len(written) - sum(written)} were there")
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from goal_ray.errors import ConfigError, StageError
-from goal_ray.storage import exists, join, list_names, read_bytes, resolved, write_bytes
+from goal_ray.storage import exists, join, list_names, read_bytes, remove_abandoned, resolved, write_bytes
 from goal_ray.tars import shard_name
 
 
@@ -27,6 +27,8 @@ def claim_folder(folder: str, file: str, wanted: dict[str, Any]) -> None:
 
     Raises StageError for a folder that is made of something else, so that an interrupted run is not mixed with another.
     """
+    for part in ("", "done"):
+        remove_abandoned(join(folder, part))
     path = join(folder, file)
     if not exists(path):
         foreign = [name for name in list_names(folder) if name.endswith(".tar")]

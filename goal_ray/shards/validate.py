@@ -2,7 +2,7 @@
 
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -16,6 +16,7 @@ from goal_ray.shards.workers import map_shards
 from goal_ray.tars import (
     CAPTION_EXTENSION,
     IMAGE_EXTENSIONS,
+    LARGEST_MEMBER_BYTES,
     PAIRS_EXTENSION,
     Member,
     Sample,
@@ -132,6 +133,9 @@ def samples_and_strays(tar: tarfile.TarFile, headers_only: bool) -> Iterator[tup
                 yield current, odd
             current, number, odd = Sample(member.key, {}), member.sample, []
         assert current is not None
+        if member.extension in _READ and member.info.size > LARGEST_MEMBER_BYTES:
+            current = replace(current, too_large=(*current.too_large, member.extension))
+            continue
         read = not headers_only and member.extension in _READ
         data = read_member(tar, member.info) if read else b"?"[: member.info.size]
         current = current.with_member(member.extension, data)
@@ -159,6 +163,9 @@ def behind_end(tar: tarfile.TarFile) -> bool:
 
 def sample_problems(sample: Sample, max_pixels: int | None) -> Iterator[str]:
     """What is wrong with a sample; None for `max_pixels` looks at no member's content."""
+    if sample.too_large:
+        yield f"member .{sample.too_large[0]} has more than {LARGEST_MEMBER_BYTES} bytes; leave it out"
+        return
     for extension in sorted(set(sample.repeated) - {*IMAGE_EXTENSIONS, CAPTION_EXTENSION}):
         yield f"more than one .{extension}; keep one"
     name = picture = caption = None

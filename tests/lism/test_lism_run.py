@@ -37,9 +37,7 @@ def outputs(folder: Path) -> dict[str, bytes]:
     files = {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file()
-        and path.name not in ("lism.json", "config.yaml", "gallery.html")
-        and not path.name.startswith(".")
+        if path.is_file() and path.name not in ("lism.json", "config.yaml", "gallery.html")
     }
     for name in files:
         if name.startswith("done/"):
@@ -207,7 +205,10 @@ def resumed(mixed, tiny_clip, tmp_path_factory):
     )
     for lost in ("many.tar", "done/many.tar.json", "done/mixed.tar.json", "quarantine/all-bad.tar.jsonl"):
         (target / lost).unlink()
-    (target / ".many.tar.0123.tmp").write_bytes(b"left by a kill")
+    for part in ("", "done", "index", "quarantine"):
+        left = target / part / f".many.tar.{'0' * 32}.1.{'0' * 32}.tmp"
+        left.write_bytes(b"left by a kill")
+        os.utime(left, (0, 0))
     write_members(source / "cut.tar", [member for n in range(3) for member in good(f"c{n}", seed=n)])
     times = {path: path.stat().st_mtime_ns for path in target.glob("*.tar")}
     more = ("max_bad_share=1", "matcher_actors=[2,2]")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from odd_tars import GOOD, good, odd_but_good, read_members, write_members
 
+from goal_ray.errors import ShardError
 from goal_ray.lism.output import OutputFolder, ShardCounts, print_summary, summary, write_paired_tar
 from goal_ray.storage import size_bytes
 from goal_ray.tar_index import index_url, read_index
@@ -92,6 +93,47 @@ def sparse(name):
         "GNU.sparse.map": "512,512",
     }
     return info, io.BytesIO(b"x" * 512)
+
+
+def odd_member(name, kind, size, data=b""):
+    """A member's blocks as other programs write them: of another type, its header with a size."""
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, size
+    return info.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+
+
+def test_folders_that_give_a_size_and_members_of_unknown_types_are_copied(tmp_path):
+    path = tmp_path / "a.tar"
+    write_members(path, good("a"))
+    content = odd_member("d/", tarfile.DIRTYPE, 4096) + odd_member("dump/", b"D", 5, b"Ya\0\0\0") + path.read_bytes()
+    path.write_bytes(content)
+    (only,) = stream_samples(str(path))
+    write_paired_tar(str(path), str(tmp_path / "x.tar"), {0: b"{}"})
+    (paired,) = stream_samples(str(tmp_path / "x.tar"))
+    assert paired.members == {**only.members, "pairs.json": b"{}"}
+    with tarfile.open(tmp_path / "x.tar") as tar:
+        assert [(info.name, info.type, info.size) for info in tar][:2] == [("d", b"5", 0), ("dump/", b"D", 5)]
+
+
+def test_what_is_damage_to_the_reader_is_damage_to_the_writer(tmp_path):
+    write_members(tmp_path / "a.tar", [*good("a"), *good("b")])
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        info, data = sparse("c.txt")
+        info.pax_headers["GNU.sparse.size"] = "12x"
+        tar.addfile(info, data)
+    read = []
+    with pytest.raises(ShardError):
+        read.extend(sample.key for sample in stream_samples(str(tmp_path / "a.tar")))
+    assert read == ["a"]  # the last before the damage may be incomplete
+    assert paired_names(str(tmp_path / "a.tar"), tmp_path, {0: b"{}"})[-1] == "a.pairs.json"
+
+
+def test_a_member_of_no_sample_that_is_too_large_is_left_out(tmp_path, monkeypatch):
+    write_members(tmp_path / "a.tar", [("core", b"x" * 5001), ("notes", b"x" * 5000), *good("a")])
+    monkeypatch.setattr("goal_ray.lism.output.LARGEST_MEMBER_BYTES", 5000)
+    names = paired_names(str(tmp_path / "a.tar"), tmp_path, {0: b"{}"})
+    assert "notes" in names
+    assert "core" not in names
 
 
 def test_only_a_shard_with_all_its_outputs_is_finished(shard, folder):

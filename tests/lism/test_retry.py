@@ -12,10 +12,12 @@ from goal_ray.config import load_config
 from goal_ray.errors import ShardError
 from goal_ray.lism.__main__ import main
 from goal_ray.lism.config import LismConfig
+from goal_ray.lism.groups import Item
 from goal_ray.lism.output import OutputFolder, ShardCounts
 from goal_ray.lism.reading import ALL, Selection, read_groups, read_items
-from goal_ray.lism.run import quarantined_again
+from goal_ray.lism.run import HalfReplaced, finish_shard, quarantined_again
 from goal_ray.lism.strikes import ReadingWatch, Strikes
+from goal_ray.pairs import Pair, PairRecord, Region
 from goal_ray.storage import size_bytes
 from goal_ray.tars import stream_samples
 
@@ -141,6 +143,36 @@ def test_a_damaged_end_is_retried_from_the_damage_on(tmp_path, five):
         (0, "0", b"{}"),
         (2, "2", b"{}"),
     ]
+
+
+def test_a_worker_that_died_between_the_new_tar_and_its_end_makes_the_shard_be_done_whole(tmp_path, five):
+    folder, shard = OutputFolder(str(tmp_path / "out")), str(five)
+    image = Region((0.0, 0.0, 60.0, 40.0), 1.0, "image")
+    record = PairRecord((60, 40), ((0, 3),), (image,), (Pair(0, 0, 0.5),), {}).to_bytes()
+    bad = [{"shard": "five.tar", "key": "1", "reason": "", "stage": "decode", "number": 1}]
+    folder.finish(shard, dict.fromkeys((0, 2, 3, 4), record), bad, counted(shard, 4, bad))
+    again = quarantined_again(folder.finished({shard: size_bytes(shard)}), folder)[shard]
+    done_now = [Item(1, "1").done(record)]
+    counts, _ = finish_shard(shard, size_bytes(shard), done_now, [], again, folder)
+    assert (counts.paired, counts.quarantined) == (5, 0)
+    (tmp_path / "out" / "done" / "five.tar.json").unlink()
+    with pytest.raises(HalfReplaced, match=r"while it wrote the pairs of five\.tar"):
+        finish_shard(shard, size_bytes(shard), done_now, [], again, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_the_share_of_bad_samples_is_that_of_all_also_when_only_bad_ones_are_tried(tiny_clip, tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        members = [member for n in range(12) for member in good(f"{name}{n}", n)]
+        write_members(tmp_path / "in" / f"{name}.tar", [*members, *BROKEN])
+    monkeypatch.setattr("goal_ray.lism.run.EARLY_BAD", 0)
+    fixed = ["proposer.name=grid", f"matcher.model.name={tiny_clip}", "max_bad_share=0.1"]
+    for more in ([], ["--retry-quarantined"]):
+        main([str(tmp_path / "in"), str(tmp_path / "out"), *fixed, *more])
+        summary = json.loads((tmp_path / "out" / "lism.json").read_text())
+        assert (summary["paired"], summary["quarantined"]) == (24, 2)
 
 
 def test_a_shard_whose_records_tell_no_numbers_is_done_again_whole(tmp_path, five):

@@ -78,3 +78,12 @@ def test_img2dataset_parquet_that_holds_the_pictures(tmp_path):
     make(source, tmp_path / "out")
     assert list(samples_in(tmp_path / "out")) == ["000000000"]
     assert skipped(tmp_path / "out") == [("000000001", "failed download")]
+
+
+def test_a_sample_with_a_member_that_is_too_large_is_listed_not_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr("goal_ray.tars.LARGEST_MEMBER_BYTES", 4000)
+    members = [("a.png", PNG), ("a.txt", b"c"), ("a.npy", b"x" * 4001), ("b.png", PNG), ("b.txt", b"c")]
+    write_members(tmp_path / "in" / "00000.tar", members)
+    make(tmp_path / "in", tmp_path / "out")
+    assert list(samples_in(tmp_path / "out")) == ["b"]
+    assert skipped(tmp_path / "out") == [("a", "too large")]

@@ -99,6 +99,7 @@ def test_rows_that_cannot_be_samples_are_listed_by_row(tmp_path):
         '{"image": "c.png", "caption": "\\ud800"}',
         '{"image": "c\\u0000.png", "caption": "x"}',
         '{"image": "d.png", "caption": ["One", "Two"]}',
+        "[" * 100_000,
     ]
     put(tmp_path, {"list.jsonl": "\n".join(lines), "a.png": PNG, "b.png": PNG, "c.png": PNG, "d.png": PNG})
     make(tmp_path / "list.jsonl", tmp_path / "out")
@@ -117,7 +118,29 @@ def test_rows_that_cannot_be_samples_are_listed_by_row(tmp_path):
         "unreadable",
         "bad caption",
         "unreadable",
+        "bad row",
     ]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("column", ["key", "number"])
+def test_a_key_may_be_the_number_zero(tmp_path, suffix, column):
+    rows = [{column: number, "image": f"{number}.png", "caption": CAPTION} for number in (0, 1)]
+    if column == "key":  # pictures in the list itself
+        if suffix == "jsonl":
+            pytest.skip("JSON holds no bytes")
+        rows = [{**row, "image": PNG} for row in rows]
+    put(tmp_path, {"0.png": PNG, "1.png": PNG})
+    WRITERS[suffix](tmp_path / f"list.{suffix}", rows)
+    make(tmp_path / f"list.{suffix}", tmp_path / "out", key_column=None if column == "key" else column)
+    assert list(samples_in(tmp_path / "out")) == ["0", "1"]
+
+
+def test_a_long_field_beside_the_caption_costs_nothing(tmp_path):
+    put(tmp_path, {"a.png": PNG})
+    write_csv(tmp_path / "list.csv", [{"image": "a.png", "caption": CAPTION, "html": "x" * 200_000}])
+    make(tmp_path / "list.csv", tmp_path / "out")
+    assert list(samples_in(tmp_path / "out")) == ["a"]
 
 
 def test_a_byte_that_is_not_utf8_costs_one_row_of_a_list(tmp_path):

@@ -21,6 +21,7 @@ Kind = Literal[
     "no picture",
     "not a picture",
     "repeated members",
+    "too large",
     "unreadable",
 ]
 

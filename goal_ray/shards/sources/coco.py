@@ -32,15 +32,23 @@ class CocoSource:
         """One candidate per image, then one for every annotation that has no image."""
         images, annotations = read_coco(part)
         captions: defaultdict[Any, list[str]] = defaultdict(list)
-        for annotation in annotations:
-            captions[annotation.get("image_id")].append(str(annotation.get("caption") or ""))
+        for number, annotation in enumerate(annotations):
+            image_id = annotation.get("image_id")
+            if not isinstance(image_id, str | int | None):
+                yield Candidate("", f"annotations[{number}]", Unusable("bad row", f"it has image_id = {image_id!r}"))
+                continue
+            captions[image_id].append(str(annotation.get("caption") or ""))
         for number, image in enumerate(images):
             origin = f"images[{number}]"
             name = image.get("file_name")
             if not isinstance(name, str) or not name:
                 yield Candidate("", origin, Unusable("bad row", f"it has file_name = {name!r}"))
                 continue
-            load = partial(self._load, name, captions.pop(image.get("id"), []), image)
+            image_id = image.get("id")
+            if not isinstance(image_id, str | int | None):
+                yield Candidate("", f"{origin} {name}", Unusable("bad row", f"it has id = {image_id!r}"))
+                continue
+            load = partial(self._load, name, captions.pop(image_id, []), image)
             yield Candidate(tar_key(stem_and_suffix(name)[0]), f"{origin} {name}", load)
         for image_id, lost in captions.items():
             reason = f"{len(lost)} annotations name the image_id {image_id!r}, which is not among the images left"

@@ -34,6 +34,7 @@ PICTURE_COLUMNS = (
 CAPTION_COLUMNS = (
     "caption", "captions", "text", "txt", "long_caption", "description", "sentence", "sentences",
 )  # fmt: skip
+LARGEST_FIELD_CHARS = 1 << 24  # quotation marks that do not match make one field of all that follows
 _BATCH_ROWS = 256
 _HEAD_ROWS = 100
 Row = Mapping[str, Any]
@@ -76,10 +77,13 @@ class ListSource:
             rest = {name: value for name, value in row.items() if name not in (picture_column, caption_column)}
             path, data = path_and_bytes(row.get(picture_column))
             if key_column is not None:
-                key = tar_key(str(row.get(key_column) or ""))
+                value = row.get(key_column)
+                key = tar_key("" if value is None else str(value))
             else:
                 stem = part.rsplit("/", 1)[-1].partition(".")[0]
-                key = tar_key(stem_and_suffix(path)[0] if path else str(row.get("key") or f"{stem}-{number:09d}"))
+                value = row.get("key")
+                named = f"{stem}-{number:09d}" if value in (None, "") else str(value)
+                key = tar_key(stem_and_suffix(path)[0] if path else named)
             captions = row.get(caption_column)
             load = partial(self._load, folder, path, data, captions, rest)
             yield Candidate(key, origin, load)
@@ -144,6 +148,7 @@ def csv_rows(url: str, text: io.TextIOWrapper, quotes: bool) -> Iterator[Row | U
     """Rows under a header. Raises StageError where quotation marks do not match: the rows behind would be wrong."""
     delimiter = "\t" if url.lower().endswith(".tsv") else ","
     quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
+    csv.field_size_limit(LARGEST_FIELD_CHARS)
     reader = csv.reader(text, delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
     header: list[str] | None = None
     try:
@@ -170,7 +175,7 @@ def json_rows(text: io.TextIOWrapper) -> Iterator[Row | Unusable]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             yield Unusable("bad row", f"not JSON: {error}")
             continue
         yield row if isinstance(row, dict) else Unusable("bad row", "not a JSON object")
