@@ -22,7 +22,9 @@ class ModelConfig:
     name: an open_clip architecture (ViT-B-16), a .json file with one, or a folder that goal_ray, open_clip or
         transformers (CLIPModel) saved; a folder's weights are then the start
     weights: an open_clip pretrained tag, or a weights file in the layout of open_clip, of Hugging Face's CLIPModel or
-        of OpenAI; empty starts from random weights
+        of OpenAI; empty starts from random weights. A file in open_clip's layout, or in Hugging Face's without its
+        config.json beside it, does not tell its activation: name the architecture that has it (ViT-B-16-quickgelu for
+        OpenAI's weights)
     context_length: text positions after Long-CLIP's stretch (248 for OpenAI's 77); empty leaves the model's own
     """
 

@@ -1,6 +1,8 @@
 """Runs that cannot start or go on are refused with the cause and the remedy, and leave no trace."""
 
 import json
+import os
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -11,7 +13,7 @@ from safetensors.torch import save_file
 from goal_ray.config import load_config, to_yaml
 from goal_ray.errors import ConfigError, GoalRayError, ShardError, StageError
 from goal_ray.settings import LossConfig, ModelConfig
-from goal_ray.train.config import DataConfig, TrainConfig
+from goal_ray.train.config import DataConfig, EvaluationConfig, TrainConfig
 from goal_ray.train.loop import Job, train_worker
 from goal_ray.train.run import check_backend, train
 
@@ -112,6 +114,36 @@ def test_resuming_on_other_data_is_refused(config, started):
         train(config, resume=True)
 
 
+@pytest.mark.usefixtures("cluster")
+def test_resuming_on_the_same_data_in_another_order_is_refused(config, started):
+    (started / "shards.json").write_text(json.dumps({"train-1.tar": 4, "train-0.tar": 5}))
+    with pytest.raises(StageError, match=r"the shards are not those .*: their order differs"):
+        train(config, resume=True)
+
+
+def test_workers_get_no_path_that_starts_from_where_the_user_stands(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = os.path.relpath(config.data.shards, tmp_path)
+    (tmp_path / "vit.pt").write_bytes(b"")
+
+    def look(config, urls, *_):
+        assert config.model.weights == str(tmp_path / "vit.pt")
+        assert config.data.shards == config.evaluation.shards == os.path.abspath(f"{folder}/*.tar")
+        assert all(url.startswith("/") for url in urls)
+        raise StageError("seen")
+
+    monkeypatch.setattr("goal_ray.train.run.train_on_cluster", look)
+    monkeypatch.setattr("goal_ray.train.run.ray_session", lambda _: nullcontext())
+    wanted = replace(
+        config,
+        model=replace(config.model, weights="vit.pt"),
+        data=replace(config.data, shards=f"{folder}/*.tar"),
+        evaluation=EvaluationConfig(f"{folder}/*.tar"),
+    )
+    with pytest.raises(StageError, match="seen"):
+        train(wanted)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -124,6 +156,13 @@ def test_resuming_on_other_data_is_refused(config, started):
 def test_what_the_data_or_the_cluster_cannot_carry_is_refused(config, tmp_path, changes, message):
     with pytest.raises(StageError, match=message):
         train(replace(config, **changes))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_an_evaluation_that_no_node_has_room_for_is_refused_before_the_training(config, tmp_path):
+    with pytest.raises(StageError, match="an evaluation needs 1 CPUs and 3 GPUs of one node, and there are"):
+        train(replace(config, evaluation=EvaluationConfig(config.data.shards, gpus=3)))
     assert not (tmp_path / "runs").exists()
 
 
