@@ -15,6 +15,7 @@ STAGES = {
     "evaluate": "measure retrieval of a model on shards",
     "export": "write a model for open_clip or transformers, with a model card",
     "submit": "run one of these as a job on a Ray cluster, and follow it",
+    "spot": "on a spot machine: tell Ray when the cloud takes it away",
     "report": "write one HTML page with curves, metrics and pictures",
 }
 

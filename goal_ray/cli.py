@@ -49,6 +49,15 @@ def run_main(main: Callable[[Sequence[str] | None], None], arguments: Sequence[s
     except (GoalRayError, OSError) as error:  # OSError: no rights, no room, no such place; it names the file
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except Exception as error:
+        from goal_ray.storage import is_storage_error  # here: it takes a --help longer to import than to print
+
+        if not is_storage_error(error):
+            raise
+        print(
+            f"error: {type(error).__name__}: {error}; is the address right, and are its credentials?", file=sys.stderr
+        )
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None

@@ -23,6 +23,8 @@ import tenacity
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from goal_ray.errors import ConfigError
+
 TEMPORARY = re.compile(r"\..+\.(?P<place>[0-9a-f]{32})\.(?P<pid>\d+)\.[0-9a-f]{32}\.tmp")
 ABANDONED_S = 3600.0
 FEW = 100
@@ -31,7 +33,7 @@ READ_BYTES = 1 << 20
 PATIENCE_S = float(os.environ.get("GOAL_RAY_STORAGE_PATIENCE_S", "600"))
 LASTING = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 LASTING_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EINVAL, errno.ENAMETOOLONG)
-NETWORK_LIBRARIES = ("aiohttp", "botocore", "gcsfs", "google", "requests", "urllib3")  # their errors are no OSErrors
+NETWORK_LIBRARIES = ("aiohttp", "botocore", "gcsfs", "google", "requests", "urllib3")
 Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 
@@ -40,10 +42,12 @@ def may_pass(error: BaseException) -> bool:
     """Whether the same request may succeed later."""
     if isinstance(error, OSError):
         return not isinstance(error, LASTING) and error.errno not in LASTING_NUMBERS
-    name = type(error).__name__
-    return type(error).__module__.partition(".")[0] in NETWORK_LIBRARIES and not re.search(
-        "Credential|Validation", name
-    )
+    return is_storage_error(error) and not re.search("Credential|Validation", type(error).__name__)
+
+
+def is_storage_error(error: BaseException) -> bool:
+    """Whether a network library raised it, whose errors are no OSErrors."""
+    return type(error).__module__.partition(".")[0] in NETWORK_LIBRARIES
 
 
 def patiently(request: Callable[[], Result], url: str) -> Result:
@@ -67,8 +71,14 @@ def patiently(request: Callable[[], Result], url: str) -> Result:
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """fsspec's file system for an address, and the path there. Remembers no listing: other processes write, too."""
-    return url_to_fs(url, use_listings_cache=False)
+    """fsspec's file system for an address, and the path there. Remembers no listing: other processes write, too.
+
+    Raises ConfigError where the library for this kind of storage is not installed.
+    """
+    try:
+        return url_to_fs(url, use_listings_cache=False)
+    except ImportError as error:
+        raise ConfigError(f"{url}: {error}: pip install 'goal_ray[s3]' or 'goal_ray[gcs]', or that library") from None
 
 
 class _RemoteFile(io.RawIOBase):

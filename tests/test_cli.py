@@ -155,6 +155,19 @@ def test_an_error_of_the_system_names_the_file_and_has_no_traceback(capsys):
     assert capsys.readouterr().err == "error: [Errno 2] No such file or directory: '/no/such/file'\n"
 
 
+def test_an_error_of_a_storage_s_library_has_no_traceback(capsys):
+    from botocore.exceptions import NoCredentialsError
+
+    def main(_):
+        raise NoCredentialsError()
+
+    with pytest.raises(SystemExit, match="2"):
+        run_main(main)
+    assert capsys.readouterr().err == (
+        "error: NoCredentialsError: Unable to locate credentials; is the address right, and are its credentials?\n"
+    )
+
+
 def test_an_error_of_the_program_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run_main(lambda _: 1 // 0)

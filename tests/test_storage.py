@@ -11,8 +11,10 @@ import fsspec
 import pytest
 
 from goal_ray import storage
+from goal_ray.errors import ConfigError
 from goal_ray.storage import (
     exists,
+    file_system,
     list_names,
     open_atomic,
     open_read,
@@ -188,3 +190,9 @@ def test_what_lasts_is_raised_at_once(error):
     with pytest.raises(type(error)):
         storage.patiently(request, "s3://bucket/a")
     assert len(calls) == 1
+
+
+def test_a_storage_whose_library_is_missing_is_told_with_the_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(ConfigError, match=r"gs://bucket/x: .*gcsfs.*: pip install .*goal_ray\[gcs\]"):
+        file_system("gs://bucket/x")

@@ -102,6 +102,18 @@ def test_pods_have_no_rights_that_they_do_not_need(name):
 
 
 @with_kubectl
+@pytest.mark.parametrize("name", APPLIED)
+def test_a_node_that_is_told_to_end_drains_as_long_as_its_pod_may_live(name):
+    for thing in rendered(name):
+        for spec in cluster_specs(thing):
+            for group in spec["workerGroupSpecs"]:
+                pod = group["template"]["spec"]
+                set_to = {each["name"]: each["value"] for each in pod["containers"][0]["env"]}
+                drain_s = float(set_to["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+                assert pod["terminationGracePeriodSeconds"] - 20 <= drain_s < pod["terminationGracePeriodSeconds"]
+
+
+@with_kubectl
 def test_spot_nodes_carry_the_gpu_groups_alone():
     (cluster,) = [thing for thing in rendered("overlays/spot") if thing["kind"] == "RayCluster"]
     pinned = {g["groupName"]: "affinity" in g["template"]["spec"] for g in cluster["spec"]["workerGroupSpecs"]}

@@ -8,6 +8,8 @@ import yaml
 from manifests import LAUNCHER
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from goal_ray.spot.notice import CLOUDS
+
 FILES = pytest.mark.parametrize("path", LAUNCHER, ids=[path.stem for path in LAUNCHER])
 
 
@@ -57,6 +59,9 @@ def test_spot_differs_from_its_model_in_what_is_spot_alone_and_never_in_the_head
         for node in types["available_node_types"].values():
             node["node_config"].pop("InstanceMarketOptions", None)
             node["node_config"].pop("scheduling", None)
+    watch = spot["worker_start_ray_commands"].pop()
+    assert f"python -m goal_ray.spot {cloud}" in watch
+    assert cloud in CLOUDS
     assert spot == plain
 
 

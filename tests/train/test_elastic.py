@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from metadata_server import MetadataServer
 from paired_shards import write_shards
 
 from goal_ray.config import to_yaml
@@ -18,70 +19,115 @@ from goal_ray.train.recorder import read_records
 pytestmark = pytest.mark.ray
 
 STEPS = 100  # enough that the run is not over before the node goes
+PATIENCE_S = 300
 
 
-def curve(run_dir) -> list[float]:
-    return [record["loss"] for record in read_records(run_dir / "metrics.jsonl")]
-
-
-def run_on(address: str, config: TrainConfig, folder) -> subprocess.Popen:
-    path = folder / f"{config.name}.yaml"
-    path.write_text(to_yaml(config))
-    environment = {**os.environ, "RAY_ADDRESS": address, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "goal_ray.train", str(path)], env=environment, stderr=subprocess.PIPE, text=True
-    )
-
-
-def drain(address: str, node_id: str) -> None:
-    """Tells Ray that a node will be gone in ten minutes, as the autoscaler does of a spot instance."""
-    why = "--reason DRAIN_NODE_REASON_PREEMPTION --reason-message spot --deadline-remaining-seconds 600"
-    subprocess.run(
-        [Path(sys.executable).with_name("ray"), "drain-node", "--address", address, "--node-id", node_id, *why.split()],
-        check=True,
-        capture_output=True,
-    )
-
-
-@pytest.mark.slow
-def test_a_node_that_is_about_to_go_makes_the_run_save_and_go_on_with_fewer_workers(tmp_path, tiny_clip):
-    from ray.cluster_utils import Cluster
-
-    config = TrainConfig(
+def settings(tmp_path, tiny_clip, **more) -> TrainConfig:
+    """One or two workers that share micro-batches of eight."""
+    return TrainConfig(
         ModelConfig(tiny_clip),
         DataConfig(str(write_shards(tmp_path / "shards"))),
         optimizer=OptimizerConfig(lr=1e-3, warmup_steps=3),
         batch_per_worker=4,
         workers=(1, 2),
-        max_steps=STEPS,
-        epochs=100,
         precision="fp32",
         device="cpu",
-        checkpoint_every=100,
         log_every=1,
         storage_path=str(tmp_path),
+        **more,
     )
-    cluster = Cluster(initialize_head=True, connect=False, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    try:
-        leaving = cluster.add_node(num_cpus=2)
-        with run_on(cluster.address, config, tmp_path) as driver:
-            deadline = time.monotonic() + 300
-            while not curve(tmp_path / "goal"):
-                assert driver.poll() is None, driver.stderr.read()
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
-            cluster.add_node(num_cpus=1)
-            drain(cluster.address, leaving.node_id)
-            _, said = driver.communicate(timeout=300)
-        assert driver.returncode == 0, said
-        assert "preempted after step" in said
-        assert "with 1 worker\n" in said
-        with run_on(cluster.address, TrainConfig(**{**vars(config), "name": "alone"}), tmp_path) as driver:
-            _, said = driver.communicate(timeout=300)
-        assert driver.returncode == 0, said
-    finally:
-        cluster.shutdown()
+
+
+class Run:
+    """A run of `python -m goal_ray.train` on a cluster; a context manager that ends what still runs."""
+
+    def __init__(self, address: str, config: TrainConfig, folder: Path):
+        self.folder = folder / config.name
+        path, self.output = folder / f"{config.name}.yaml", folder / f"{config.name}.txt"
+        path.write_text(to_yaml(config))
+        environment = {**os.environ, "RAY_ADDRESS": address, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
+        with self.output.open("w") as file:
+            command = [sys.executable, "-m", "goal_ray.train", str(path)]
+            self.driver = subprocess.Popen(command, env=environment, stderr=file)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.driver.kill()
+        self.driver.wait()
+
+    @property
+    def said(self) -> str:
+        return self.output.read_text()
+
+    @property
+    def steps(self) -> list[int]:
+        return [record["step"] for record in read_records(self.folder / "metrics.jsonl")]
+
+    @property
+    def losses(self) -> list[float]:
+        return [record["loss"] for record in read_records(self.folder / "metrics.jsonl")]
+
+    def wait(self, happened) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not happened(self):
+            assert self.driver.poll() is None, self.said
+            assert time.monotonic() < deadline, self.said
+            time.sleep(0.05)
+
+    def finish(self, status: int = 0) -> None:
+        assert self.driver.wait(PATIENCE_S) == status, self.said
+
+
+@pytest.fixture
+def cluster():
+    """A head with one CPU, to which nodes are added."""
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, connect=False, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    yield made
+    made.shutdown()
+
+
+@pytest.mark.slow
+def test_a_node_that_is_about_to_go_makes_the_run_save_and_go_on_with_fewer_workers(cluster, tmp_path, tiny_clip):
+    config = settings(tmp_path, tiny_clip, max_steps=STEPS, epochs=100, checkpoint_every=100)
+    leaving = cluster.add_node(num_cpus=2)
+    watching = [sys.executable, "-m", "goal_ray.spot", "aws", "--address", cluster.address]
+    with MetadataServer() as machine, Run(cluster.address, config, tmp_path) as run:
+        watch = subprocess.Popen([*watching, "--node-id", leaving.node_id, "--server", machine.url])
+        run.wait(lambda run: run.steps)
+        cluster.add_node(num_cpus=1)
+        machine.give_notice(600)
+        assert watch.wait(60) == 0
+        run.finish()
+        assert "preempted after step" in run.said
+        assert "going on with 1 worker\n" in run.said
+    with Run(cluster.address, TrainConfig(**{**vars(config), "name": "alone"}), tmp_path) as alone:
+        alone.finish()
     # the same batches on another number of workers: float32 sums in another order
-    assert curve(tmp_path / "goal") == pytest.approx(curve(tmp_path / "alone"), rel=1e-3)
-    assert len(curve(tmp_path / "goal")) == STEPS
-    assert json.loads((tmp_path / "goal" / "result.json").read_text())["ending"] == "finished"
+    assert run.losses == pytest.approx(alone.losses, rel=1e-3)
+    assert run.steps == list(range(1, STEPS + 1))
+    assert json.loads((run.folder / "result.json").read_text())["ending"] == "finished"
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_without_a_node_that_died_and_takes_one_that_comes(cluster, tmp_path, tiny_clip):
+    config = settings(tmp_path, tiny_clip, epochs=100_000, checkpoint_every=5)
+    nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
+    with Run(cluster.address, config, tmp_path) as run:
+        run.wait(lambda run: len(run.steps) > 10)
+        cluster.remove_node(nodes[1], allow_graceful=False)
+        run.wait(lambda run: "going on with 1 worker\n" in run.said)
+        reached = len(run.steps)
+        run.wait(lambda run: len(run.steps) > reached + 10)
+        cluster.add_node(num_cpus=1)
+        run.wait(lambda run: "going on with 2 workers\n" in run.said)
+        assert "resized after step" in run.said
+        reached = len(run.steps)
+        run.wait(lambda run: len(run.steps) > reached + 10)
+        run.driver.terminate()
+        run.finish(status=2)
+        assert "ended by a signal after step" in run.said
+    assert run.steps == list(range(1, len(run.steps) + 1))

@@ -1,0 +1,1 @@
+"""Spot machines: the cloud's notice that it takes one becomes a node that Ray drains."""
