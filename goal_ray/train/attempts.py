@@ -60,6 +60,7 @@ class Attempts:
         self.nodes: set[str] = set()
         self.looked_around = 0.0
         self.room_since: float | None = None
+        self.lack = ""
         self.newest_saved = -1
         self.nonfinite = False
 
@@ -216,6 +217,10 @@ class Attempts:
         self.looked_around = now
         if self.nodes & draining_nodes():
             return "preempted"
+        lack = lacking(self.config, self.use_gpu, workers, cluster_resources())
+        if lack and lack != self.lack:  # a node on which no worker was is gone
+            self.recorder.line.say(f"{lack}; waiting for more")
+        self.lack = lack
         if self.room_since is None and any(more.found()):
             self.room_since = now
         if self.room_since is not None and now - self.room_since > GROW_AFTER_S:
@@ -230,30 +235,42 @@ class Attempts:
         Ray is asked for the places themselves: what its nodes have in all may be other work's, or a dead node's whose
         end it has not noticed.
         """
-        until = time.monotonic() + self.config.wait_for_nodes_s
         bundle, counts = self.config.worker_bundle(self.use_gpu), self.config.worker_counts
-        demand = Demand([[bundle] * counts[0] + [INGEST], *[[bundle]] * (counts[-1] - counts[0])])
-        demand.start()
+        # One after the other, or what is wanted beside the fewest could take places that these need.
+        fewest = Demand([[bundle] * counts[0] + [INGEST]])
+        others = Demand([[bundle]] * (counts[-1] - counts[0]))
         try:
-            found, since = demand.found(), time.monotonic()
-            while not (all(found) or (found[0] and time.monotonic() - since > SETTLED_S)):
-                if self.interrupted.is_set():
-                    raise StageError("ended by a signal while waiting for nodes; go on with --resume")
-                lack = lacking(self.config, self.use_gpu, cluster_resources()) or "other work holds the places"
-                if time.monotonic() > until:
-                    raise StageError(
-                        f"{lack}, and there have not been more for {self.config.wait_for_nodes_s:.0f} s; go on with "
-                        "--resume when there are, or raise wait_for_nodes_s"
-                    )
-                if not found[0] and time.monotonic() - since > SETTLED_S:
-                    self.recorder.line.show(f"waiting for nodes: {lack}")
-                self.recorder.count_time()
+            fewest.start()
+            self._wait_for(fewest)
+            others.start()
+            found, since = others.found(), time.monotonic()
+            while not all(found) and time.monotonic() - since < SETTLED_S:
                 time.sleep(LOOK_S)
-                before, found = found, demand.found()
+                before, found = found, others.found()
                 since = since if found == before else time.monotonic()
         finally:
-            demand.end()
-        return max(count for count in counts if count <= counts[0] + sum(found[1:]))
+            fewest.end()
+            others.end()
+        return max(count for count in counts if count <= counts[0] + sum(found))
+
+    def _wait_for(self, fewest: Demand) -> None:
+        """Waits until the fewest workers have their places. Raises StageError after `wait_for_nodes_s`."""
+        began = time.monotonic()
+        while not all(fewest.found()):
+            if self.interrupted.is_set():
+                raise StageError("ended by a signal while waiting for nodes; go on with --resume")
+            lack = lacking(self.config, self.use_gpu, self.config.worker_counts[0], cluster_resources())
+            lack = lack or "other work holds the places"
+            waited_s = time.monotonic() - began
+            if waited_s > self.config.wait_for_nodes_s:
+                raise StageError(
+                    f"{lack}, and there have not been more for {self.config.wait_for_nodes_s:.0f} s; go on with "
+                    "--resume when there are, or raise wait_for_nodes_s"
+                )
+            if waited_s > SETTLED_S:
+                self.recorder.line.show(f"waiting for nodes: {lack}")
+            self.recorder.count_time()
+            time.sleep(LOOK_S)
 
 
 class WorkerDied(StageError):
@@ -287,9 +304,8 @@ def growth(config: TrainConfig, use_gpu: bool, workers: int) -> list[list[dict[s
     return [group] * ((config.max_workers - workers) // step) if step else []
 
 
-def lacking(config: TrainConfig, use_gpu: bool, resources: dict[str, float]) -> str:
-    """What the fewest workers need and resources do not have; empty where they suffice."""
-    workers = config.worker_counts[0]
+def lacking(config: TrainConfig, use_gpu: bool, workers: int, resources: dict[str, float]) -> str:
+    """What so many workers need and resources do not have; empty where they suffice."""
     for name, amount in short_of(config, use_gpu, workers, resources).items():
         who = f"{number_of(workers)} and the ingest" if name == "CPU" else number_of(workers)
         return f"{who} need {amount:g} {name}s, the cluster has {resources.get(name, 0):g}"

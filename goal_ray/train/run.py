@@ -277,7 +277,7 @@ def choose_gpu(config: TrainConfig) -> bool:
     """Whether workers run on GPUs. Raises StageError where Ray would wait forever for what a private cluster lacks."""
     available = cluster_resources()
     use_gpu = config.device == "cuda" or (config.device == "auto" and available.get("GPU", 0) > 0)
-    if not is_joined() and (lack := lacking(config, use_gpu, available)):
+    if not is_joined() and (lack := lacking(config, use_gpu, config.worker_counts[0], available)):
         raise StageError(f"{lack}; lower `workers`" + (" or set device=cpu" if use_gpu else ""))
     return use_gpu
 

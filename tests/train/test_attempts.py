@@ -42,9 +42,11 @@ def test_the_most_workers_that_share_a_batch_evenly_and_find_room(workers, resou
 def test_a_worker_s_custom_resources_count_too():
     config = elastic((2, 4), worker_resources={"train": 1.0})
     assert most_workers(config, True, {"CPU": 9, "GPU": 9, "train": 3}) == 2  # 3 do not share 16 pictures evenly
-    assert lacking(config, True, {"CPU": 9, "GPU": 9, "train": 1}) == "2 workers need 2 trains, the cluster has 1"
-    assert lacking(config, False, {"CPU": 2, "train": 2}) == "2 workers and the ingest need 3 CPUs, the cluster has 2"
-    assert lacking(config, False, {"CPU": 3, "train": 2}) == ""
+    assert lacking(config, True, 2, {"CPU": 9, "GPU": 9, "train": 1}) == "2 workers need 2 trains, the cluster has 1"
+    assert (
+        lacking(config, False, 2, {"CPU": 2, "train": 2}) == "2 workers and the ingest need 3 CPUs, the cluster has 2"
+    )
+    assert lacking(config, False, 2, {"CPU": 3, "train": 2}) == ""
 
 
 def test_bad_samples_are_counted_over_all_workers(tmp_path):

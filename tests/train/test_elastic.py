@@ -114,15 +114,16 @@ def test_a_node_that_is_about_to_go_makes_the_run_save_and_go_on_with_fewer_work
 
 @pytest.mark.slow
 def test_a_run_goes_on_without_a_node_that_died_and_takes_one_that_comes(cluster, tmp_path, tiny_clip):
-    config = settings(tmp_path, tiny_clip, epochs=100_000, checkpoint_every=5)
-    nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
+    config = settings(tmp_path, tiny_clip, epochs=100_000, checkpoint_every=5, worker_resources={"train": 1.0})
+    node = {"num_cpus": 1, "resources": {"train": 1}}  # the ingest has the head's CPU
+    nodes = [cluster.add_node(**node), cluster.add_node(**node)]
     with Run(cluster.address, config, tmp_path) as run:
         run.wait(lambda run: len(run.steps) > 10)
         cluster.remove_node(nodes[1], allow_graceful=False)
         run.wait(lambda run: "going on with 1 worker\n" in run.said)
         reached = len(run.steps)
         run.wait(lambda run: len(run.steps) > reached + 10)
-        cluster.add_node(num_cpus=1)
+        cluster.add_node(**node)
         run.wait(lambda run: "going on with 2 workers\n" in run.said)
         assert "resized after step" in run.said
         reached = len(run.steps)
