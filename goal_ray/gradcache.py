@@ -15,8 +15,10 @@ from goal_ray.goal_batch import GoalBatch
 from goal_ray.losses import CachedGradients, Features, contrastive_terms
 
 
-def split_batch(batch: GoalBatch, chunks: int) -> list[GoalBatch]:
+def split_batch(batch: GoalBatch, chunks: int, text_multiple: int = 1) -> list[GoalBatch]:
     """The batch, on the CPU, in `chunks` parts of nearly equal numbers of pictures, in order; texts cut to their own.
+
+    text_multiple  tokens; what the texts' length is rounded up to, as in `goal_ray.batches.collate`
 
     Every part keeps the whole batch's `counts_R4`. Raises ValueError for fewer pictures than parts.
     """
@@ -32,9 +34,9 @@ def split_batch(batch: GoalBatch, chunks: int) -> list[GoalBatch]:
         parts.append(
             GoalBatch(
                 batch.images_B3SS[images],
-                cut_padding(batch.text_BL[images]),
+                cut_padding(batch.text_BL[images], text_multiple),
                 batch.crops_M3SS[pairs],
-                cut_padding(batch.sentences_ML[pairs]),
+                cut_padding(batch.sentences_ML[pairs], text_multiple),
                 batch.boxes_M4[pairs],
                 batch.spans_M2[pairs],
                 batch.sample_index_M[pairs] - edges[part],
@@ -44,10 +46,11 @@ def split_batch(batch: GoalBatch, chunks: int) -> list[GoalBatch]:
     return parts
 
 
-def cut_padding(ids_BL: Tensor) -> Tensor:
-    """Token ids without the columns that are padding, 0, in every row; one column at least."""
+def cut_padding(ids_BL: Tensor, multiple: int) -> Tensor:
+    """Token ids without the columns that are padding, 0, in every row, but for a width that is such a multiple."""
     used = torch.nonzero(ids_BL.any(dim=0))
-    return ids_BL[:, : int(used[-1]) + 1] if len(used) else ids_BL[:, :1]
+    longest = int(used[-1]) + 1 if len(used) else 1
+    return ids_BL[:, : -(-longest // multiple) * multiple]
 
 
 def cached_gradients(

@@ -98,6 +98,18 @@ def test_parts_hold_every_pair_once_with_texts_cut_to_their_own_longest(tiny_cli
             assert row.shape <= whole.shape
 
 
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_texts_of_parts_are_as_long_as_their_longest_rounded_up(tiny_clip, multiple):
+    batch = random_batch(load(tiny_clip).tokenizer, seed=5)
+    length = -(-batch.text_BL.shape[1] // 8) * 8
+    batch = batch._replace(text_BL=torch.nn.functional.pad(batch.text_BL, (0, length - batch.text_BL.shape[1])))
+    for part in split_batch(batch, 2, multiple):
+        width = part.text_BL.shape[1]
+        longest = int(part.text_BL.any(dim=0).nonzero()[-1]) + 1
+        assert longest <= width < longest + multiple
+        assert width % multiple == 0
+
+
 def test_more_chunks_than_pictures_are_refused(tiny_clip):
     with pytest.raises(ValueError, match="4 pictures cannot be cut into 5 chunks"):
         split_batch(random_batch(load(tiny_clip).tokenizer, seed=5), 5)

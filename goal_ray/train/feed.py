@@ -44,6 +44,7 @@ class Feed:
     chunks      parts of a micro-batch
     accumulate  micro-batches per optimizer step
     stopping    whether this rank was asked to stop
+    text_multiple  as in `split_batch`
     """
 
     def __init__(
@@ -53,12 +54,14 @@ class Feed:
         accumulate: int,
         device: torch.device,
         stopping: Callable[[], bool],
+        text_multiple: int = 1,
     ):
         self.packed = packed
         self.chunks = chunks
         self.accumulate = accumulate
         self.device = device
         self.stopping = stopping
+        self.text_multiple = text_multiple
         # A group of its own: the step's collectives run in another thread, in another order.
         self.group: Any = dist.new_group(backend="gloo") if world_size() > 1 else None
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -112,7 +115,7 @@ class Feed:
         counts_R5 = torch.stack(all_R5)
         counts_R4 = counts_R5[:, :4]
         try:
-            parts = split_batch(batch._replace(counts_R4=counts_R4), self.chunks)
+            parts = split_batch(batch._replace(counts_R4=counts_R4), self.chunks, self.text_multiple)
         except ValueError as error:
             raise StageError(
                 f"a micro-batch lost most of its samples: {error}; mend the data, or raise `chunk`"

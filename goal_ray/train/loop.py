@@ -91,7 +91,7 @@ def run_steps(job: Job, rank: int, ranks: int, device: torch.device) -> None:
     packed = read_batches(job, reader, first_step * config.accumulate, total_steps * config.accumulate)
     writer = CheckpointWriter(job.run_dir, lambda step: job.send({"saved": step}))
     # The feed starts to read while the engine is built.
-    with closing(Feed(packed, config.chunks(ranks), config.accumulate, device, job.stopping)) as feed:
+    with closing(Feed(packed, config.chunks(ranks), config.accumulate, device, job.stopping, multiple)) as feed:
         prepare_step(loaded.clip, config.step)
         freeze_tower(loaded.clip, config.optimizer.freeze)
         flops = FlopTable(loaded)  # ZeRO-3 hides the parameters' shapes
