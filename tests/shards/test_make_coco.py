@@ -58,7 +58,7 @@ def test_coco_images_without_captions_and_annotations_without_images_are_listed(
 
 def test_ids_that_can_name_nothing_are_listed(tmp_path):
     images = [{"id": 1, "file_name": "a.jpg"}, {"id": [2], "file_name": "b.jpg"}]
-    annotations = [{"image_id": 1, "caption": "x"}, {"image_id": {"no": 1}, "caption": "y"}]
+    annotations = [{"image_id": 1.0, "caption": "x"}, {"image_id": {"no": 1}, "caption": "y"}]
     folder = coco(tmp_path / "coco", images, annotations)
     make(folder / "captions.json", tmp_path / "out", images=str(folder / "train"))
     assert list(samples_in(tmp_path / "out")) == ["a"]

@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -34,7 +34,7 @@ class CocoSource:
         captions: defaultdict[Any, list[str]] = defaultdict(list)
         for number, annotation in enumerate(annotations):
             image_id = annotation.get("image_id")
-            if not isinstance(image_id, str | int | None):
+            if not isinstance(image_id, Hashable):
                 yield Candidate("", f"annotations[{number}]", Unusable("bad row", f"it has image_id = {image_id!r}"))
                 continue
             captions[image_id].append(str(annotation.get("caption") or ""))
@@ -45,7 +45,7 @@ class CocoSource:
                 yield Candidate("", origin, Unusable("bad row", f"it has file_name = {name!r}"))
                 continue
             image_id = image.get("id")
-            if not isinstance(image_id, str | int | None):
+            if not isinstance(image_id, Hashable):
                 yield Candidate("", f"{origin} {name}", Unusable("bad row", f"it has id = {image_id!r}"))
                 continue
             load = partial(self._load, name, captions.pop(image_id, []), image)

@@ -12,7 +12,7 @@ from goal_ray.shards.sources.candidate import Candidate, Found, Kind, Unusable
 from goal_ray.shards.sources.folder import beside_each_other, list_folder
 from goal_ray.shards.sources.lists import rows
 from goal_ray.storage import exists, file_system
-from goal_ray.tars import CAPTION_EXTENSION, LARGEST_MEMBER_BYTES, Sample, image_extension, stream_samples
+from goal_ray.tars import CAPTION_EXTENSION, Sample, image_extension, stream_samples
 
 FAILED: Kind = "failed download"
 
@@ -64,9 +64,10 @@ class FilesSource:
 def load_sample(sample: Sample) -> Found:
     """What a tar holds for a sample."""
     check_status(sample.members.get("json"))
-    if sample.too_large:
-        name = sample.too_large[0]
-        raise Unusable("too large", f"member .{name} has more than {LARGEST_MEMBER_BYTES} bytes; leave it out")
+    try:
+        sample.check_sizes()
+    except ShardError as error:
+        raise Unusable("too large", str(error)) from None
     if sample.repeated:
         raise Unusable("repeated members", f"more than one .{' and .'.join(sample.repeated)} stand under this key")
     try:
