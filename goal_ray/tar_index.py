@@ -2,7 +2,7 @@
 
 `FOLDER/index/NAME.tar.parquet` for `FOLDER/NAME.tar`: a row for every member of a sample, in the tar's order: `sample`
 (from 0), `key`, `extension`, `offset` and `size` in bytes. The file's metadata holds the tar's size; an index of a tar
-of another size is not used, and whoever reads a member by it looks at the member's header (`tars.check_header`).
+of another size is not used, and whoever reads a member by it looks at the member's header (`tar_places.check_header`).
 """
 
 import io
@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import pyarrow
 import pyarrow.parquet
 
+from goal_ray.shard_urls import shard_name
 from goal_ray.storage import join, read_bytes, remove, size_bytes, write_bytes
-from goal_ray.tars import MemberPlace, member_places, shard_name
+from goal_ray.tar_places import MemberPlace, member_places
 
 FOLDER = "index"
 VERSION = "1"

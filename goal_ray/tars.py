@@ -4,28 +4,16 @@ A member's name splits at the first dot of its base name, as in WebDataset: `a/b
 `a/b.c/img` and the extension `pairs.json`. Members of one key stand side by side. Nothing is ever extracted to disk.
 """
 
-import errno
 import io
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from typing import IO, Literal, NamedTuple, Self
-
-from braceexpand import braceexpand
+from typing import IO, Literal, Self
 
 from goal_ray.errors import CaptionError, ShardError
 from goal_ray.storage import (
-    FEW,
-    exists,
-    file_system,
-    kind,
-    list_names,
     open_atomic,
     open_read,
-    patiently,
-    size_bytes,
 )
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -101,59 +89,6 @@ def split_name(member_name: str) -> tuple[str, str] | None:
     if not stem or not dot or not extension:
         return None
     return folder + slash + stem, extension.lower()
-
-
-def expand_files(spec: str, suffixes: tuple[str, ...]) -> list[str]:
-    """Sorted addresses for a file, a folder, a glob or a brace pattern (`s3://b/train-{000..099}.tar`).
-
-    Of a folder, the visible files right inside it that end in one of `suffixes`. Raises ShardError where nothing is
-    there.
-    """
-    urls: list[str] = []
-    patterns = list(braceexpand(str(spec)))
-    names_in = cache(lambda folder: frozenset(list_names(folder)))
-    for pattern in patterns:
-        fs, path = file_system(pattern)
-        # Of very many, each asked for by name would take a storage minutes.
-        if len(patterns) > FEW and shard_name(pattern) in names_in(pattern.rpartition("/")[0] or "."):
-            found = [path]
-        elif kind(pattern) == "directory":
-            entries = patiently(partial(fs.ls, path, detail=False), pattern)
-            found = [entry for entry in entries if entry.lower().endswith(suffixes)]
-            if not found:
-                raise ShardError(f"{pattern}: the folder holds no {'/'.join(suffixes)} file")
-        elif any(sign in path for sign in "*?["):
-            found = patiently(partial(fs.glob, path), pattern)
-            if not found:
-                raise ShardError(f"{pattern}: no file matches")
-        elif not exists(pattern):
-            raise ShardError(f"{pattern}: no such file or folder")
-        else:
-            found = [path]
-        visible = (entry for entry in found if not entry.rsplit("/", 1)[-1].startswith("."))
-        urls.extend(str(fs.unstrip_protocol(entry)).removeprefix("file://") for entry in visible)
-    if not urls:
-        raise ShardError(f"{spec}: no visible {'/'.join(suffixes)} file")
-    return sorted(set(urls))
-
-
-def expand_shards(spec: str) -> list[str]:
-    """Sorted tar addresses for a file, a folder, a glob or a brace pattern (`s3://b/train-{000..099}.tar`).
-
-    Raises ShardError where nothing is there, where a folder holds no `.tar`, or where two tars share a name.
-    """
-    urls = expand_files(spec, (".tar",))
-    by_name: dict[str, str] = {}
-    for url in urls:
-        other = by_name.setdefault(shard_name(url), url)
-        if other != url:
-            raise ShardError(f"{other} and {url} share a file name; outputs are named after it: rename one")
-    return urls
-
-
-def shard_name(url: str) -> str:
-    """A shard's file name."""
-    return url.rsplit("/", 1)[-1]
 
 
 @dataclass(frozen=True)
@@ -267,111 +202,6 @@ def stream_samples(url: str, wanted: Callable[[int], bool] = lambda number: True
         raise ShardError(f"{url}: corrupt or truncated tar: {damage}{last}", key)
     if current is not None:
         yield current
-
-
-def read_part(url: str, offset_bytes: int, size_bytes: int) -> Sample:
-    """The one sample whose members fill a part of a tar. Raises ShardError where the part holds anything else."""
-    with open_read(url) as file:
-        file.seek(offset_bytes)
-        part = io.BytesIO(file.read(size_bytes) + bytes(2 * tarfile.BLOCKSIZE))
-    found: dict[int, Sample] = {}
-    try:
-        with open_tar(part, "r:") as tar:
-            for member in iter_members(tar):
-                if member.sample >= 0:
-                    sample = found.get(member.sample, Sample(member.key, {}))
-                    found[member.sample] = sample.with_member(member.extension, read_member(tar, member.info))
-    except DAMAGE as error:
-        raise ShardError(f"{url}: no sample at byte {offset_bytes}: {error}; was the tar changed?") from None
-    if len(found) != 1:
-        raise ShardError(f"{url}: {len(found)} samples at byte {offset_bytes}, not 1; was the tar changed?")
-    return found[0]
-
-
-@dataclass(frozen=True)
-class SampleIndex:
-    """Where a sample's members lie inside its tar: extension -> (offset_bytes, size_bytes)."""
-
-    key: str
-    members: dict[str, tuple[int, int]]
-    repeated: tuple[str, ...] = ()
-
-
-@contextmanager
-def reading_headers(url: str) -> Iterator[tarfile.TarFile]:
-    """Opens a tar for `iter_members` to seek from header to header, reading no member.
-
-    Damage that is met inside the block becomes a ShardError.
-    """
-    with open_read(url) as file:
-        try:
-            with open_tar(file, "r:") as tar:
-                yield tar
-        except (*DAMAGE, OSError, OverflowError) as error:
-            # Only a senseless place to seek to says something against the tar; else the storage fails.
-            if isinstance(error, OSError) and error.errno != errno.EINVAL:
-                raise
-            raise ShardError(f"{url}: corrupt or truncated tar: {error}") from None
-
-
-class MemberPlace(NamedTuple):
-    """Where a member of a sample lies inside its tar; `sample` counts from 0."""
-
-    sample: int
-    key: str
-    extension: str
-    offset_bytes: int
-    size_bytes: int
-
-
-def member_places(url: str) -> list[MemberPlace]:
-    """The members of all samples of a tar, in order, found by reading only the headers.
-
-    Raises ShardError on a corrupt or truncated tar.
-    """
-    places: list[MemberPlace] = []
-    size = size_bytes(url)
-    with reading_headers(url) as tar:
-        for member in iter_members(tar):
-            info = member.info
-            if member.sample < 0:
-                continue
-            if info.offset_data + info.size > size:
-                raise tarfile.ReadError(f"member {info.name!r} reaches beyond the end of the file")
-            places.append(MemberPlace(member.sample, member.key, member.extension, info.offset_data, info.size))
-    return places
-
-
-def group_places(places: Iterable[MemberPlace]) -> list[SampleIndex]:
-    """The samples that members in order make up."""
-    samples: list[SampleIndex] = []
-    last = -1
-    for number, key, extension, offset, size in places:
-        if number != last:
-            samples.append(SampleIndex(key, {}))
-            last = number
-        current = samples[-1]
-        again = (extension,) if extension in current.members else ()
-        members = {**current.members, extension: (offset, size)}
-        samples[-1] = SampleIndex(key, members, (*current.repeated, *again))
-    return samples
-
-
-def index_shard(url: str) -> list[SampleIndex]:
-    """Finds every sample of a tar by its headers, to read them in any order. Raises as `member_places`."""
-    return group_places(member_places(url))
-
-
-def check_header(header: bytes, key: str, extension: str, size_bytes: int) -> None:
-    """Raises ShardError unless 512 bytes are the header of this member, as far as such a header tells."""
-    try:
-        info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-    except tarfile.HeaderError as error:
-        raise ShardError(f"no header of .{extension} where the index says: {error}") from None
-    # A long name, or one that is not ASCII, may stand elsewhere.
-    readable = len(info.name) < 100 and info.name.isascii() and "?" not in info.name
-    if info.size != size_bytes or (readable and split_name(info.name) != (key, extension)):
-        raise ShardError(f"{info.name!r} of {info.size} bytes stands where the index says .{extension} of {size_bytes}")
 
 
 def write_tar(url: str, samples: Iterator[tuple[str, Mapping[str, bytes]]]) -> int:

@@ -14,6 +14,7 @@ class MetadataServer:
     def __init__(self):
         self.ends: datetime | None = None
         self.failures = 0
+        self.nonsense: list[bytes] = []
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -22,7 +23,9 @@ class MetadataServer:
                 self.answer(200 if granted else 400, TOKEN)
 
             def do_GET(self) -> None:
-                if outer.failures:
+                if outer.nonsense:
+                    self.wfile.write(outer.nonsense.pop())
+                elif outer.failures:
                     outer.failures -= 1
                     self.answer(503, "")
                 elif self.path == "/latest/meta-data/spot/instance-action":

@@ -12,6 +12,7 @@ import pytest
 
 from goal_ray import storage
 from goal_ray.errors import ConfigError
+from goal_ray.shard_urls import expand_shards
 from goal_ray.storage import (
     exists,
     file_system,
@@ -25,7 +26,6 @@ from goal_ray.storage import (
     sizes_bytes,
     write_bytes,
 )
-from goal_ray.tars import expand_shards
 
 HALF_WRITTEN = """
 import sys

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from goal_ray.errors import ShardError
 from goal_ray.tar_index import index_url, make_index, read_index
-from goal_ray.tars import member_places, write_tar
+from goal_ray.tar_places import member_places
+from goal_ray.tars import write_tar
 from goal_ray.train.scan import read_sample, scan_shard
 
 SAMPLES = [(f"s{number}", {"png": bytes([number]) * 700, "txt": b"A cat.", "pairs.json": b"{}"}) for number in range(5)]

@@ -10,7 +10,8 @@ from torchvision.ops import box_iou
 
 from goal_ray.errors import ShardError, StageError
 from goal_ray.pairs import PairRecord, best_pairs
-from goal_ray.tars import PAIRS_EXTENSION, Sample, expand_shards, stream_samples
+from goal_ray.shard_urls import expand_shards
+from goal_ray.tars import PAIRS_EXTENSION, Sample, stream_samples
 
 HIT_IOU = 0.5
 TRUTH_EXTENSION = "json"

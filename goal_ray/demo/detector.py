@@ -13,8 +13,9 @@ from tqdm import tqdm
 from goal_ray.cli import parser, run_main
 from goal_ray.demo.accuracy import read_truth
 from goal_ray.images import decode_image
+from goal_ray.shard_urls import expand_shards
 from goal_ray.storage import open_atomic
-from goal_ray.tars import expand_shards, stream_samples
+from goal_ray.tars import stream_samples
 from goal_ray.train.config import OptimizerConfig
 
 DESCRIPTION = """Train a torchvision detector, from nothing, to box the objects of drawn scenes; it knows one class.

@@ -17,8 +17,8 @@ from goal_ray.evaluate.embed import describe_skip, embed_shards
 from goal_ray.model import load_model, usable_device
 from goal_ray.retrieval import retrieval_metrics
 from goal_ray.settings import ModelConfig
+from goal_ray.shard_urls import expand_shards
 from goal_ray.storage import file_system, write_bytes
-from goal_ray.tars import expand_shards
 from goal_ray.train.result import EVALUATION_FOLDER, best_checkpoint
 
 SKIPPED_SHOWN = 5

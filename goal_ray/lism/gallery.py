@@ -12,7 +12,7 @@ from goal_ray.lism.picks import ORDERS, Pick
 from goal_ray.pages.pictures import Picture, draw_picture
 from goal_ray.pages.render import render_page
 from goal_ray.storage import join, write_bytes
-from goal_ray.tars import read_part
+from goal_ray.tar_places import read_part
 
 GALLERY_FILE = "gallery.html"
 TITLES = {"random": "Random pairs", "best": "Most similar pairs", "worst": "Least similar pairs"}

@@ -24,6 +24,7 @@ from pydantic import TypeAdapter
 
 from goal_ray.lism.picks import Picks
 from goal_ray.lism.work import PHASES, Work
+from goal_ray.shard_urls import shard_name
 from goal_ray.storage import (
     exists,
     join,
@@ -37,19 +38,18 @@ from goal_ray.storage import (
     write_bytes,
 )
 from goal_ray.tar_index import remove_index, write_index
+from goal_ray.tar_places import MemberPlace
 from goal_ray.tars import (
     DAMAGE,
     LARGEST_MEMBER_BYTES,
     PAIRS_EXTENSION,
     Member,
-    MemberPlace,
     end_mark,
     iter_members,
     member_info,
     open_tar,
     padded_bytes,
     read_member,
-    shard_name,
 )
 from goal_ray.timing import measure
 

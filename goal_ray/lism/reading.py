@@ -15,7 +15,8 @@ from goal_ray.lism.strikes import AnyStrikes, ReadingWatch, fatal
 from goal_ray.lism.time_limit import run_within
 from goal_ray.lism.work import Work
 from goal_ray.sentences import split_sentences
-from goal_ray.tars import Sample, shard_name, stream_samples
+from goal_ray.shard_urls import shard_name
+from goal_ray.tars import Sample, stream_samples
 from goal_ray.timing import measure
 
 GROUP_BYTES = 128 * 2**20  # of pixels; a block holds one group

@@ -28,8 +28,8 @@ from goal_ray.lism.reading import Selection
 from goal_ray.lism.work import Work
 from goal_ray.ray_session import is_joined, ray_session
 from goal_ray.sentences import split_sentences
+from goal_ray.shard_urls import expand_shards, shard_name
 from goal_ray.storage import exists, join, read_bytes, resolved, sizes_bytes, write_bytes
-from goal_ray.tars import expand_shards, shard_name
 
 RESULT_KEYS = ("proposer", "matcher", "language", "min_area", "max_area", "max_side_px")
 LIMIT_KEYS = ("max_pixels", "max_seconds_per_image")  # they only decide what is quarantined

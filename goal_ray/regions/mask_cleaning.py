@@ -13,8 +13,10 @@ def clean(logits_RHW: Tensor, least_cells: float) -> tuple[Tensor, Tensor]:
     mask of small islands alone, the largest stays.
     """
     masks_RHW = (logits_RHW > 0).cpu().numpy()
-    flipped = np.array([clean_mask(mask_HW, least_cells) for mask_HW in masks_RHW]).reshape(masks_RHW.shape) ^ masks_RHW
-    flipped_RHW = torch.from_numpy(flipped).to(logits_RHW.device)
+    flips_RHW = np.zeros_like(masks_RHW)
+    for flips_HW, mask_HW in zip(flips_RHW, masks_RHW, strict=True):
+        flips_HW[:] = clean_mask(mask_HW, least_cells) ^ mask_HW
+    flipped_RHW = torch.from_numpy(flips_RHW).to(logits_RHW.device)
     # A logit of 0, outside the mask, has no other side.
     other_RHW = torch.where(logits_RHW == 0, 1e-3, -logits_RHW)
     return torch.where(flipped_RHW, other_RHW, logits_RHW), flipped_RHW.flatten(1).any(1)

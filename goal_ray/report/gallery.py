@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from goal_ray.errors import GoalRayError
 from goal_ray.pages.pictures import Picture, draw_picture
-from goal_ray.tars import expand_shards, shard_name
+from goal_ray.shard_urls import expand_shards, shard_name
 from goal_ray.train.scan import ShardIndex, read_sample, scan_shard
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from tqdm import tqdm
 
 from goal_ray.cli import parser, run_main
+from goal_ray.shard_urls import expand_shards
 from goal_ray.shards.inspect import inspect_shards, print_contents
 from goal_ray.shards.make import SKIPPED_FILE, ShardSize, make_shards
 from goal_ray.shards.reshard import Balance, reshard
@@ -18,7 +19,6 @@ from goal_ray.shards.validate import validate_shards
 from goal_ray.shards.workers import map_shards
 from goal_ray.storage import join, open_atomic, remove_abandoned
 from goal_ray.tar_index import index_url, make_index
-from goal_ray.tars import expand_shards
 
 COMMANDS = {
     "make": "make shards of a folder, COCO JSON, CSV/TSV/JSONL/Parquet list, or img2dataset output",

@@ -7,7 +7,8 @@ from contextlib import suppress
 import numpy as np
 
 from goal_ray.errors import ShardError
-from goal_ray.tars import iter_members, reading_headers
+from goal_ray.tar_places import reading_headers
+from goal_ray.tars import iter_members
 
 HASH_BYTES = 16
 _RECENT = 1_000_000

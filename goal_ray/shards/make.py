@@ -19,13 +19,14 @@ from typing import IO
 from tqdm import tqdm
 
 from goal_ray.errors import ConfigError, StageError
+from goal_ray.shard_urls import shard_name
 from goal_ray.shards.keys import HASH_BYTES, KeySet, key_hash
 from goal_ray.shards.outcomes import Outcome, Place, read_outcomes
 from goal_ray.shards.output import claim_folder, refuse_overlap, shards_called, tar_name
 from goal_ray.shards.sources.candidate import Candidate, Unusable
 from goal_ray.shards.sources.detect import SourceSettings, open_source
 from goal_ray.storage import exists, file_system, join, open_atomic, open_read, read_bytes, write_bytes
-from goal_ray.tars import end_mark, shard_name, stored_bytes, write_samples
+from goal_ray.tars import end_mark, stored_bytes, write_samples
 
 SETTINGS_FILE = "make.json"
 SKIPPED_FILE = "skipped.jsonl"

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from goal_ray.errors import ConfigError, StageError
+from goal_ray.shard_urls import shard_name
 from goal_ray.storage import exists, join, list_names, read_bytes, remove_abandoned, resolved, write_bytes
-from goal_ray.tars import shard_name
 
 
 def shards_called(name: str | None, out: str) -> str:

@@ -13,12 +13,12 @@ import numpy as np
 from tqdm import tqdm
 
 from goal_ray.errors import ConfigError, ShardError, StageError
+from goal_ray.shard_urls import expand_shards, shard_name
 from goal_ray.shards.keys import readable_keys, repeated_keys
 from goal_ray.shards.output import claim_folder, refuse_overlap, shards_called, tar_name
 from goal_ray.shards.spans import sample_spans, write_spans
 from goal_ray.shards.workers import map_shards, read_ahead
 from goal_ray.storage import exists, join, read_range, size_bytes
-from goal_ray.tars import expand_shards, shard_name
 
 SETTINGS_FILE = "reshard.json"
 _RUN_BYTES = 4_000_000

@@ -11,8 +11,10 @@ from goal_ray.cli import printable
 from goal_ray.errors import CaptionError, ImageError, ShardError
 from goal_ray.images import EXTENSIONS, decode_image, format_name
 from goal_ray.pairs import examine
+from goal_ray.shard_urls import expand_shards
 from goal_ray.shards.keys import readable_keys, repeated_keys, short_hashes
 from goal_ray.shards.workers import map_shards
+from goal_ray.tar_places import reading_headers
 from goal_ray.tars import (
     CAPTION_EXTENSION,
     IMAGE_EXTENSIONS,
@@ -20,11 +22,9 @@ from goal_ray.tars import (
     PAIRS_EXTENSION,
     Member,
     Sample,
-    expand_shards,
     image_extension,
     iter_members,
     read_member,
-    reading_headers,
 )
 
 _READ = (*IMAGE_EXTENSIONS, CAPTION_EXTENSION, PAIRS_EXTENSION)
@@ -163,8 +163,10 @@ def behind_end(tar: tarfile.TarFile) -> bool:
 
 def sample_problems(sample: Sample, max_pixels: int | None) -> Iterator[str]:
     """What is wrong with a sample; None for `max_pixels` looks at no member's content."""
-    if sample.too_large:
-        yield f"member .{sample.too_large[0]} has more than {LARGEST_MEMBER_BYTES} bytes; leave it out"
+    try:
+        sample.check_sizes()
+    except ShardError as error:
+        yield str(error)
         return
     for extension in sorted(set(sample.repeated) - {*IMAGE_EXTENSIONS, CAPTION_EXTENSION}):
         yield f"more than one .{extension}; keep one"

@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from http.client import HTTPException
 
 from goal_ray.errors import StageError
 
@@ -18,7 +19,7 @@ GCP_NOTICE_S = 30.0
 
 
 def aws_notice(server: str) -> float | None:
-    """Seconds until AWS takes the machine; None without a notice. Raises OSError where nobody answers.
+    """Seconds until AWS takes the machine; None without a notice. Raises OSError where no sensible answer comes.
 
     Source: EC2 user guide, "Spot Instance interruption notices" and "Instance Metadata Service Version 2".
     """
@@ -30,12 +31,15 @@ def aws_notice(server: str) -> float | None:
         if error.code == 404:
             return None
         raise
-    end = datetime.fromisoformat(json.loads(said)["time"])
-    return max(0.0, (end - datetime.now(UTC)).total_seconds())
+    try:
+        left_s = (datetime.fromisoformat(json.loads(said)["time"]) - datetime.now(UTC)).total_seconds()
+    except (ValueError, KeyError, TypeError):
+        raise OSError(f"{said[:100]!r} is no notice") from None
+    return max(0.0, left_s)
 
 
 def gcp_notice(server: str) -> float | None:
-    """Seconds until Google Cloud takes the machine; None without a notice. Raises OSError where nobody answers.
+    """Seconds until Google Cloud takes the machine; None without a notice. Raises OSError where no answer comes.
 
     Source: Compute Engine documentation, "Detect if a VM was preempted": metadata key `preempted`.
     """
@@ -53,8 +57,11 @@ def ask(url: str, headers: Mapping[str, str], method: str = "GET") -> str:
     """What a machine's own metadata server answers. Raises OSError."""
     request = urllib.request.Request(url, headers=dict(headers), method=method)
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the server is on the machine itself
-    with direct.open(request, timeout=ANSWER_S) as answer:
-        return str(answer.read().decode())
+    try:
+        with direct.open(request, timeout=ANSWER_S) as answer:
+            return str(answer.read().decode(errors="replace"))
+    except HTTPException as error:
+        raise OSError(f"{type(error).__name__}: {error}") from None
 
 
 def wait_for_notice(cloud: str, server: str) -> float:

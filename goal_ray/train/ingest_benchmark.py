@@ -27,7 +27,8 @@ from goal_ray.goal_batch import unpack
 from goal_ray.order import BatchOrder
 from goal_ray.ray_session import ray_session
 from goal_ray.settings import ResizeConfig
-from goal_ray.tars import CAPTION_EXTENSION, IMAGE_EXTENSIONS, PAIRS_EXTENSION, expand_shards
+from goal_ray.shard_urls import expand_shards
+from goal_ray.tars import CAPTION_EXTENSION, IMAGE_EXTENSIONS, PAIRS_EXTENSION
 from goal_ray.text import CaptionEncoder
 from goal_ray.train.ingest import BatchReader, pickled, stream_batches
 from goal_ray.train.photo_tars import write_photo_tars

@@ -117,22 +117,21 @@ def run_steps(job: Job, rank: int, ranks: int, device: torch.device) -> None:
             report(job, rank, window.arrived())
             if done % config.log_every == 0 or last:
                 report(job, rank, window.arrived(wait=True))
-                window.close(describe_progress(job, done, lr), weights, engine.get_global_grad_norm())
+                window.close(describe_progress(config, order, done, lr), weights, engine.get_global_grad_norm())
             if done % config.checkpoint_every == 0 or last:
                 report(job, rank, window.arrived(wait=True))
                 writer.save(engine, loaded, done)
         report(job, rank, window.arrived(wait=True))
         if window.steps:  # asked to stop between two log lines
-            window.close(describe_progress(job, done, lr), weights, engine.get_global_grad_norm())
+            window.close(describe_progress(config, order, done, lr), weights, engine.get_global_grad_norm())
             report(job, rank, window.arrived(wait=True))
         if done % config.checkpoint_every and done < total_steps:
             writer.save(engine, loaded, done)
         writer.wait()
 
 
-def describe_progress(job: Job, done: int, lr: float) -> dict[str, Any]:
+def describe_progress(config: TrainConfig, order: BatchOrder, done: int, lr: float) -> dict[str, Any]:
     """The beginning of a log line after `done` steps."""
-    config, order = job.config, job.order
     return {
         "step": done,
         "total_steps": config.total_steps(order.steps_per_epoch),

@@ -13,8 +13,8 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from goal_ray.events import event, wants_json
+from goal_ray.shard_urls import shard_name
 from goal_ray.storage import write_bytes
-from goal_ray.tars import shard_name
 from goal_ray.train.cost import Cost
 from goal_ray.train.loggers import Logger
 from goal_ray.train.metrics import Metrics

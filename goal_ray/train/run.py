@@ -17,8 +17,8 @@ from goal_ray.errors import ConfigError, StageError
 from goal_ray.order import BatchOrder
 from goal_ray.ray_session import is_joined, keep_ray_data_here, quiet_ray_data, ray_session
 from goal_ray.settings import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
+from goal_ray.shard_urls import expand_shards, shard_name
 from goal_ray.storage import write_bytes
-from goal_ray.tars import expand_shards, shard_name
 from goal_ray.train.attempts import Attempts, cluster_resources, lacking
 from goal_ray.train.checkpoint import checkpoint_folders, newest_intact, prune_checkpoints, remove_partial, step_of
 from goal_ray.train.config import TrainConfig

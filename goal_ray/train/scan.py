@@ -14,17 +14,14 @@ import numpy as np
 from goal_ray.errors import ShardError
 from goal_ray.storage import read_range
 from goal_ray.tar_index import index_url, read_index
+from goal_ray.tar_places import SampleIndex, check_header, group_places, member_places
 from goal_ray.tars import (
     CAPTION_EXTENSION,
     IMAGE_EXTENSIONS,
     LARGEST_MEMBER_BYTES,
     PAIRS_EXTENSION,
     Sample,
-    SampleIndex,
-    check_header,
-    group_places,
     image_extension,
-    member_places,
 )
 
 QUARANTINE_FILE = "quarantine.jsonl"

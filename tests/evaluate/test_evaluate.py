@@ -16,7 +16,8 @@ from goal_ray.errors import ConfigError, GoalRayError, ModelError, ShardError, S
 from goal_ray.evaluate.__main__ import main
 from goal_ray.evaluate.run import evaluate, resolve_model, result_place
 from goal_ray.settings import OPEN_CLIP_WEIGHTS
-from goal_ray.tars import index_shard, stream_samples, write_tar
+from goal_ray.tar_places import index_shard
+from goal_ray.tars import stream_samples, write_tar
 
 DIRECTIONS = ("text_to_image", "image_to_text")
 

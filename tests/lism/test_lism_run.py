@@ -22,7 +22,8 @@ from goal_ray.lism.config import LismConfig
 from goal_ray.lism.run import run_lism
 from goal_ray.pairs import PairRecord
 from goal_ray.tar_index import read_index
-from goal_ray.tars import member_places, stream_samples
+from goal_ray.tar_places import member_places
+from goal_ray.tars import stream_samples
 
 PAIRED = [name for name, (keys, _) in MIXED.items() if keys]
 

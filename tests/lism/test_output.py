@@ -13,7 +13,8 @@ from goal_ray.errors import ShardError
 from goal_ray.lism.output import OutputFolder, ShardCounts, print_summary, summary, write_paired_tar
 from goal_ray.storage import size_bytes
 from goal_ray.tar_index import index_url, read_index
-from goal_ray.tars import member_places, read_part, stream_samples
+from goal_ray.tar_places import member_places, read_part
+from goal_ray.tars import stream_samples
 
 BAD = {"shard": "in.tar", "key": "k", "stage": "decode", "reason": "torn"}
 

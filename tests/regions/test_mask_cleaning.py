@@ -44,3 +44,9 @@ def test_logits_change_sides_only_where_the_mask_changes():
     after = drawn("###..", "###..", "###..")
     assert ((cleaned[0] > 0).numpy() == after).all()
     assert (cleaned[0].abs() == logits.abs()).all()
+
+
+def test_where_there_is_no_mask_nothing_changes():
+    logits_RHW, changed_R = clean(torch.empty(0, 8, 8), 3)
+    assert logits_RHW.shape == (0, 8, 8)
+    assert changed_R.tolist() == []

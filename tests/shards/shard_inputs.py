@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from goal_ray.shard_urls import expand_shards
 from goal_ray.shards.make import Made, ShardSize, make_shards
 from goal_ray.shards.sources.detect import SourceSettings
-from goal_ray.tars import expand_shards, stream_samples
+from goal_ray.tars import stream_samples
 
 CAPTION = "A red ball lies left. A blue box stands behind it."
 

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from shard_inputs import picture, put, samples_in, skipped
 
 from goal_ray.errors import GoalRayError
+from goal_ray.shard_urls import expand_shards
 from goal_ray.shards.make import ShardSize, make_shards
 from goal_ray.shards.sources.detect import SourceSettings
-from goal_ray.tars import expand_shards, index_shard, stored_bytes
+from goal_ray.tar_places import index_shard
+from goal_ray.tars import stored_bytes
 
 COUNT = 23
 

@@ -12,7 +12,7 @@ from shard_inputs import good, members_of, put, write_members
 
 from goal_ray.errors import ConfigError, GoalRayError, ShardError
 from goal_ray.shards.reshard import Balance, reshard, spread
-from goal_ray.tars import index_shard
+from goal_ray.tar_places import index_shard
 
 FORMS = st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 EXTENSIONS = ["png", "txt", "TXT", "pairs.json"]

@@ -16,6 +16,10 @@ def machine():
         yield server
 
 
+def ok(body: bytes) -> bytes:
+    return b"HTTP/1.0 200 OK\r\n\r\n" + body
+
+
 @pytest.mark.parametrize("cloud", CLOUDS)
 def test_no_notice_is_none(machine, cloud):
     assert CLOUDS[cloud][0](machine.url) is None
@@ -41,6 +45,7 @@ def test_the_notice_is_waited_for_over_answers_that_fail(machine, cloud, monkeyp
     waiting.join(0.3)
     assert waiting.is_alive()
     machine.failures = 3
+    machine.nonsense = [b"no HTTP at all\r\n\r\n", ok(b"\xff not JSON"), ok(b"{}"), ok(b'{"time": 7}')]
     machine.give_notice(120)
     waiting.join(30)
     assert 0 < found[0] <= 120

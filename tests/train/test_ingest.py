@@ -12,7 +12,8 @@ from goal_ray.goal_batch import unpack
 from goal_ray.model import load_model
 from goal_ray.order import BatchOrder
 from goal_ray.settings import LossConfig, ModelConfig
-from goal_ray.tars import expand_shards, write_tar
+from goal_ray.shard_urls import expand_shards
+from goal_ray.tars import write_tar
 from goal_ray.train import ingest, scan
 from goal_ray.train.config import DataConfig, TrainConfig
 from goal_ray.train.ingest import BatchReader, pickled, stream_batches

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from goal_ray.errors import StageError
+from goal_ray.shard_urls import expand_files, expand_shards
 from goal_ray.shards.sources.candidate import Source
 from goal_ray.shards.sources.coco import CocoSource
 from goal_ray.shards.sources.folder import PICTURE_SUFFIXES, FolderSource, list_folder
 from goal_ray.shards.sources.img2dataset import FilesSource, TarSource
 from goal_ray.shards.sources.lists import LIST_SUFFIXES, ListSource
 from goal_ray.storage import file_system, join
-from goal_ray.tars import expand_files, expand_shards
 
 KINDS = ("folder", "coco", "list", "img2dataset")
 _TABLE = re.compile(r"\d{5,}\.parquet")
