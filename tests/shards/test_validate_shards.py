@@ -203,6 +203,7 @@ def test_a_failing_storage_is_no_violation(tmp_path):
 
 
 def test_a_member_that_is_too_large_is_a_violation_and_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("goal_ray.shards.validate.LARGEST_MEMBER_BYTES", 2000)
+    for module in ("goal_ray.shards.validate", "goal_ray.tars"):
+        monkeypatch.setattr(f"{module}.LARGEST_MEMBER_BYTES", 2000)
     write_members(tmp_path / "x.tar", [("k.png", picture()), ("k.txt", b"x" * 2001)])
     assert ["member .txt has more than 2000 bytes" in str(one) for one in violations(tmp_path)] == [True]
