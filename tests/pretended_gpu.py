@@ -54,8 +54,7 @@ class _PretendedGpu(FakeTensorMode):
             real_kwargs["device"] = torch.device("cpu")
         result = func(*real_args, **real_kwargs)
         given = {id(tensor.real_tensor): tensor for tensor in there} | {id(tensor): tensor for tensor in tensors}
-        stays = to_host or not (there or wanted is not None)
-        return tree_map_only(Tensor, lambda real: given.get(id(real), real if stays else self.wrap(real)), result)
+        return tree_map_only(Tensor, lambda real: given.get(id(real), real if to_host else self.wrap(real)), result)
 
     def check(self, func: Any, tensors: list[Tensor], there: list[FakeTensor], args: Any, kwargs: Any) -> None:
         """Raises for what a GPU would refuse, or wait for."""
