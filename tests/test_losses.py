@@ -69,7 +69,14 @@ def slow_goal_terms(clip, batch: GoalBatch) -> torch.Tensor:
     )
 
 
-@pytest.mark.parametrize("backend", ["reference", "eager", "triton"])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "reference",
+        "eager",
+        pytest.param("triton", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted on CPUs alone")),
+    ],
+)
 def test_loss_and_gradients_equal_an_independent_float64_computation(tiny_clip, backend):
     loaded = load(tiny_clip)
     batch = random_batch(loaded.tokenizer, seed=11)

@@ -88,9 +88,9 @@ def build_engine(model: GoalModel, config: TrainConfig, workers: int) -> Any:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, adam), lr=0.0, betas=adam.betas, eps=adam.eps, fused=config.step.fused_adamw
-    )
+    # False would also turn off PyTorch's default on GPUs, one kernel for many parameters.
+    fused = config.step.fused_adamw or None
+    optimizer = torch.optim.AdamW(parameter_groups(model, adam), lr=0.0, betas=adam.betas, eps=adam.eps, fused=fused)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     if config.zero_stage == 3:
         register_direct_parameters(model)

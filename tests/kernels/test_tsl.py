@@ -17,14 +17,17 @@ from kernels.tsl import tsl_loss
 def test_a_hand_computed_example_comes_out(backend, mode, pooled):
     # A 1×2 grid with the tokens (0, 5) and (4, 1); the box covers 0.75 of the first cell, 0.25 of the next:
     # coverage 0.75 : 0.25 gives (1, 4), touch the plain mean (2, 3). LayerNorm of two different numbers is (-1, 1).
-    tokens = torch.tensor([[[0.0, 5.0], [4.0, 1.0]]], dtype=torch.float64)
-    scale, bias = torch.tensor([2.0, 1.0], dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64)
-    projection = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]], dtype=torch.float64)
-    target = torch.tensor([[0.0, 5.0, 0.0]], dtype=torch.float64)
+    tokens = torch.tensor([[[0.0, 5.0], [4.0, 1.0]]], dtype=torch.float64, device=DEVICE)
+    scale, bias = (
+        torch.tensor([2.0, 1.0], dtype=torch.float64, device=DEVICE),
+        torch.tensor([0.0, 1.0], dtype=torch.float64, device=DEVICE),
+    )
+    projection = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]], dtype=torch.float64, device=DEVICE)
+    target = torch.tensor([[0.0, 5.0, 0.0]], dtype=torch.float64, device=DEVICE)
     result = tsl_loss(
         tokens,
-        torch.tensor([[0.25, 0.2, 1.25, 0.7]], dtype=torch.float64),
-        torch.tensor([0]),
+        torch.tensor([[0.25, 0.2, 1.25, 0.7]], dtype=torch.float64, device=DEVICE),
+        torch.tensor([0], device=DEVICE),
         (1, 2),
         scale,
         bias,
@@ -46,11 +49,21 @@ def test_a_hand_computed_example_comes_out(backend, mode, pooled):
 @pytest.mark.parametrize(("mode", "weights"), [("coverage", [0.75, 0.25, 0.0]), ("touch", [0.5, 0.5, 0.0])])
 def test_weights_are_the_overlap_or_one_for_every_touched_cell(backend, mode, weights):
     # With tokens that are unit vectors, the pooled row is the row of weights itself.
-    tokens = torch.eye(3, dtype=torch.float64)[None]
-    target = F.layer_norm(torch.tensor([weights], dtype=torch.float64), (3,))
-    box = torch.tensor([[0.25, 0.2, 1.25, 0.7]], dtype=torch.float64)
+    tokens = torch.eye(3, dtype=torch.float64, device=DEVICE)[None]
+    target = F.layer_norm(torch.tensor([weights], dtype=torch.float64, device=DEVICE), (3,))
+    box = torch.tensor([[0.25, 0.2, 1.25, 0.7]], dtype=torch.float64, device=DEVICE)
     result = tsl_loss(
-        tokens, box, torch.tensor([0]), (1, 3), None, None, None, target, mode=mode, eps=1e-12, backend=backend
+        tokens,
+        box,
+        torch.tensor([0], device=DEVICE),
+        (1, 3),
+        None,
+        None,
+        None,
+        target,
+        mode=mode,
+        eps=1e-12,
+        backend=backend,
     )
     assert result.cosine_M.item() == pytest.approx(1.0, abs=1e-9)
 
@@ -223,12 +236,12 @@ def test_tokens_may_be_any_view(backend, view):
     tokens = case["tokens_BND"]
     samples, rows, dim = tokens.shape
     if view == "after the CLS token":
-        base = torch.zeros(samples, rows + 1, dim, dtype=tokens.dtype)
+        base = torch.zeros(samples, rows + 1, dim, dtype=tokens.dtype, device=DEVICE)
         strided = base[:, 1:]
     elif view == "channels first":
-        strided = torch.zeros(samples, dim, rows, dtype=tokens.dtype).transpose(1, 2)
+        strided = torch.zeros(samples, dim, rows, dtype=tokens.dtype, device=DEVICE).transpose(1, 2)
     else:
-        strided = torch.zeros(samples, 2 * rows, dim, dtype=tokens.dtype)[:, ::2]
+        strided = torch.zeros(samples, 2 * rows, dim, dtype=tokens.dtype, device=DEVICE)[:, ::2]
     strided.copy_(tokens)
     assert not strided.is_contiguous()
     strided.requires_grad_()

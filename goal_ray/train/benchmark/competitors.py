@@ -65,7 +65,7 @@ def goal(name: str, loaded: LoadedModel, work: Work, settings: Settings) -> Comp
     def loss() -> Tensor:
         return (model(work.batch) * weights_4).sum()
 
-    return Competitor(name, loss, adamw(clip, fused=settings.step.fused_adamw))
+    return Competitor(name, loss, adamw(clip, fused=settings.step.fused_adamw or None))
 
 
 def plain(name: str, loaded: LoadedModel, work: Work, settings: Settings) -> Competitor:
@@ -84,7 +84,7 @@ def plain(name: str, loaded: LoadedModel, work: Work, settings: Settings) -> Com
             texts = [encode_cut_text(clip, ids_BL) for ids_BL in (work.batch.text_BL, work.batch.sentences_ML)]
             return contrast(images_NE, torch.cat(texts), clip.logit_scale.exp())
 
-    return Competitor(name, loss, adamw(clip, fused=settings.step.fused_adamw))
+    return Competitor(name, loss, adamw(clip, fused=settings.step.fused_adamw or None))
 
 
 def published(name: str, loaded: LoadedModel, work: Work, settings: Settings) -> Competitor:
@@ -112,7 +112,7 @@ def own_copy(clip: nn.Module) -> Any:
 
 
 def adamw(clip: nn.Module, fused: bool | None) -> torch.optim.AdamW:
-    """The optimizer of all competitors; `fused` None is PyTorch's default."""
+    """The optimizer of all competitors; `fused` None is PyTorch's default, which False is not."""
     return torch.optim.AdamW(clip.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=fused)
 
 

@@ -29,6 +29,9 @@ def compare(variants: Variants, settings: Settings, rounds: int, warmup: int) ->
     settings  what the variants have in common: model, batch, device, seed
     """
     memory = peak_memory(variants)  # first, while this process holds nothing on the device
+    device = torch.device(settings.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # times are read off the current device
     loaded = settings.load()
     built = [COMPETITORS[kind](name, loaded, make_work(loaded, own), own) for name, (kind, own) in variants.items()]
     times = time_in_turn(built, rounds, warmup)
