@@ -53,6 +53,10 @@ class _PretendedGpu(FakeTensorMode):
         if "device" in kwargs:
             real_kwargs["device"] = torch.device("cpu")
         result = func(*real_args, **real_kwargs)
+        if (
+            torch.Tag.inplace_view in func.tags
+        ):  # such as squeeze_: the fake tensor changes its shape as the real one did
+            return super().__torch_dispatch__(func, types, args, kwargs)
         given = {id(tensor.real_tensor): tensor for tensor in there} | {id(tensor): tensor for tensor in tensors}
         return tree_map_only(Tensor, lambda real: given.get(id(real), real if to_host else self.wrap(real)), result)
 

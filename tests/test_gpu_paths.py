@@ -59,6 +59,7 @@ def test_what_needs_no_waiting_is_computed():
         assert there_4.device == GPU
         assert there_4.to("cpu", non_blocking=True).tolist() == [2, 3, 4, 5]
         assert here_4.sum().item() == 6
+        assert (there_4 @ torch.ones(4, 3, device=GPU)).shape == (3,)
 
 
 @pytest.fixture
