@@ -1,10 +1,12 @@
 """The measurements: relative errors anywhere; times, bandwidth and memory on a GPU.
 
 Times are the GPU's: each pass is queued behind a pause, so that the host's launches are ahead of it, as they are in
-training, where the towers keep the GPU busy. What waits for the GPU, as `.item()` does, pays for its launches.
+training, where the towers keep the GPU busy. What waits for the GPU, as `.item()` does, pays for its launches. The L2
+cache holds nothing of a pass when it begins.
 """
 
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +17,9 @@ from kernels.tsl.reference import TslResult, tsl_reference
 
 EPS = 1e-5
 LEAVES = ("tokens_BND", "ln_weight_D", "ln_bias_D", "proj_DE", "target_ME")
-CACHE_BYTES = 128 * 2**20  # more than any L2
+CACHE_BYTES = 256 * 2**20  # more than any L2
 COPY_BYTES = 2**30
-PAUSE_CYCLES = 4_000_000  # about 2 ms
+LAUNCH_CYCLES_PER_S = 5e9  # twice any GPU's clock: the pause is at least twice what the host takes to launch a pass
 Loss = Callable[..., TslResult]
 
 
@@ -67,42 +69,38 @@ def median_seconds(events: list[list[torch.cuda.Event]], start: int, end: int) -
 
 
 def time_loss(loss: Loss, inputs: dict[str, Any], mode: str, repeats: int) -> dict[str, float]:
-    """Median seconds of forward, backward and both, and the peak of memory beyond inputs and gradients, in bytes.
+    """Median seconds of forward, backward and both, and the peak of memory beyond inputs and gradients, in bytes."""
+    arguments = with_leaves(inputs)
 
-    The tokens rotate through copies that exceed the L2 cache together, so that every pass reads them from memory.
-    """
-    copies = 1 + CACHE_BYTES // inputs["tokens_BND"].nbytes
-    rotation = [with_leaves({**inputs, "tokens_BND": inputs["tokens_BND"].clone()}) for _ in range(copies)]
-
-    def forget_gradients(arguments: dict[str, Any]) -> None:
-        for name in LEAVES:
-            arguments[name].grad = None
-
-    for arguments in rotation[: min(3, repeats)]:
-        loss(**arguments, mode=mode, eps=EPS).loss.backward()
-    for arguments in rotation:
-        forget_gradients(arguments)
-    torch.cuda.synchronize()
-
-    held = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    loss(**rotation[0], mode=mode, eps=EPS).loss.backward()
-    torch.cuda.synchronize()
-    extra = torch.cuda.max_memory_allocated() - held - sum(rotation[0][name].nbytes for name in LEAVES)
-    forget_gradients(rotation[0])
-
-    events = []
-    for step in range(repeats):
-        arguments = rotation[step % copies]
+    def once() -> list[torch.cuda.Event]:
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-        torch.cuda._sleep(PAUSE_CYCLES)
         marks[0].record()
         result = loss(**arguments, mode=mode, eps=EPS)
         marks[1].record()
         result.loss.backward()
         marks[2].record()
-        events.append(marks)
-        del result
-        forget_gradients(arguments)
+        for name in LEAVES:
+            arguments[name].grad = None
+        return marks
+
+    for _ in range(min(3, repeats)):
+        once()
+    torch.cuda.synchronize()
+
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    once()
+    pause = int((time.perf_counter() - began) * LAUNCH_CYCLES_PER_S)
+    torch.cuda.synchronize()
+    extra = torch.cuda.max_memory_allocated() - held - sum(inputs[name].nbytes for name in LEAVES)
+
+    # Read, not written: a cache full of written lines would have to write them back within the pass.
+    displacing = torch.zeros(CACHE_BYTES, dtype=torch.uint8, device="cuda")
+    events = []
+    for _ in range(repeats):
+        displacing.max()
+        torch.cuda._sleep(pause)
+        events.append(once())
     spans = {"forward": (0, 1), "backward": (1, 2), "both": (0, 2)}
     return {**{name: median_seconds(events, *span) for name, span in spans.items()}, "extra_bytes": extra}

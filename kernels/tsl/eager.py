@@ -6,6 +6,7 @@ The pooling is where memory goes. Of its formulations
   padded  a bmm per sample: needs the largest number of boxes on a sample, which only a host synchronisation tells;
   bag     `embedding_bag` over the tokens as a table of B·N rows, a bag of N weighted rows for each box;
 the bag is the one whose memory is linear in M, at M×N indices and weights, and whose arithmetic does not grow with B.
+(On CUDA its backward sorts the indices and may hold partial sums, about M×N×D where boxes are few; Triton's does not.)
 Its table is in the accumulation dtype: bf16 tokens cost a float32 copy, B×N×D, in place of weights rounded to 8 bits.
 """
 
@@ -62,7 +63,7 @@ def axis_overlap(low_M: Tensor, high_M: Tensor, cells: int) -> Tensor:
 
 
 def pool_boxes(tokens_BND: Tensor, weights_MN: Tensor, sample_index_M: Tensor, first_token: int) -> Tensor:
-    """Weighted sum (M, D) of the tokens of each box's sample, without an M×N×D intermediate in either direction."""
+    """Weighted sum (M, D) of the tokens of each box's sample, without copying the tokens once per box."""
     rows = tokens_BND.shape[1]
     index_MN = sample_index_M.long()[:, None] * rows + torch.arange(first_token, rows, device=sample_index_M.device)
     return F.embedding_bag(index_MN, tokens_BND.flatten(0, 1), per_sample_weights=weights_MN, mode="sum")

@@ -110,6 +110,27 @@ def test_the_goals_are_told_from_the_case_they_are_set_for(capsys):
     assert "75 % of copy bandwidth (goal 70)" in printed
 
 
+def test_goals_are_told_where_memory_ended_before_every_competitor(capsys):
+    case = measured(256)
+    case["times"] = {"triton": case["times"]["triton"]}
+    benchmark.print_goals([case])
+    assert "nan × faster than torch.compile" in capsys.readouterr().out
+
+
+def test_cases_beyond_the_memory_are_left_out(capsys, monkeypatch):
+    def out_of_memory(*_):
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(Case, "inputs", lambda case, _, real=Case.inputs: real(case, "cpu"))
+    monkeypatch.setattr(benchmark, "time_loss", out_of_memory)
+    monkeypatch.setattr(benchmark, "copy_bandwidth", lambda: 1e12)
+    options = benchmark.parse(["--shapes", "B/16", "--dtypes", "fp32", "--batches", "2", "--regions", "1", "3"])
+    results = {"versions": {"device": "none"}, "cases": []}
+    benchmark.time_cases(results, loop, {}, options)
+    assert results["cases"] == []
+    assert capsys.readouterr().out.count("triton: out of memory") == 2
+
+
 def test_the_plot_is_a_picture(tmp_path):
     path = plot({"versions": {"device": "none"}, "cases": [measured(16), measured(64)]}, tmp_path / "tsl.png")
     assert path.read_bytes().startswith(b"\x89PNG")
