@@ -136,7 +136,8 @@ def encode_text(clip: nn.Module, ids_BL: Tensor) -> TowerOutput:
     width = ids_BL.shape[1]
     dtype = tower.transformer.get_cast_dtype()
     x = tower.token_embedding(ids_BL).to(dtype) + tower.positional_embedding[:width].to(dtype)
-    mask = None if tower.attn_mask is None else tower.attn_mask[:width, :width]
+    # Contiguous, or a compiled tower would be compiled twice: for the whole mask and for a part of it.
+    mask = None if tower.attn_mask is None else tower.attn_mask[:width, :width].contiguous()
     tokens_BLD = tower.transformer(x, attn_mask=mask)
     pooled = text_global_pool(tower.ln_final(tokens_BLD), ids_BL, tower.pool_type, tower.eos_id)
     if tower.projection_DE is not None:

@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from goal_ray.model import image_tower, text_tower
 from goal_ray.settings import StepConfig
 
+# All blocks share one piece of code, and with it what Dynamo counts: two towers, with and without gradients, of a first
+# shape, of any shape and of a batch of 1. Past the limit, which is 8 by default, it computes uncompiled.
+RECOMPILE_LIMIT = 32
+
 
 class FusedAttention(nn.MultiheadAttention):
     """Self-attention with nn.MultiheadAttention's parameters, without its layout copies and, if causal, its mask.
@@ -44,7 +48,7 @@ def prepare_step(clip: nn.Module, config: StepConfig) -> None:
                 block.attn.__class__ = FusedAttention
                 block.attn.causal = mask is not None and is_causal(mask)
             if config.compile:
-                block.compile()
+                block.compile(recompile_limit=RECOMPILE_LIMIT)
     if config.channels_last:
         visual.conv1.to(memory_format=torch.channels_last)
 

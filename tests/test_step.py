@@ -5,10 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from goal_batches import MEAN, STD, gradients, load, random_batch
+from torch import nn
+from torch._dynamo.utils import counters
 
 from goal_ray.losses import GoalModel
+from goal_ray.model import encode_image, encode_text
 from goal_ray.settings import LossConfig, StepConfig
-from goal_ray.step import FusedAttention, prepare_step
+from goal_ray.step import RECOMPILE_LIMIT, FusedAttention, prepare_step
 
 PLAIN = StepConfig(sdpa=False)
 
@@ -34,6 +37,30 @@ def test_a_switch_changes_terms_and_gradients_by_rounding_alone(tiny_clip, switc
     for name, gradient in expected.items():
         scale = gradient.abs().max().clamp(min=1e-3)
         assert ((found[name] - gradient).abs().max() / scale) < 1e-5, name
+
+
+def test_compiled_towers_stay_compiled_through_training_and_evaluation(tiny_clip, monkeypatch):
+    compile_block = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda block, **kwargs: compile_block(block, backend="eager", **kwargs))
+    torch.compiler.reset()
+    clip = load(tiny_clip).clip
+    prepare_step(clip, StepConfig(compile=True))
+    counters.clear()
+    for needs_gradients, batch, lengths in (
+        (True, 8, (77, 16)),
+        (True, 6, (48,)),
+        (False, 8, (77, 24)),
+        (False, 3, (40,)),
+        (False, 1, (77, 8)),
+        (True, 1, (64,)),
+    ):
+        with torch.set_grad_enabled(needs_gradients):
+            encode_image(clip, torch.rand(batch, 3, 32, 32, dtype=torch.float64))
+            for length in lengths:
+                encode_text(clip, torch.ones(batch, length, dtype=torch.long))
+    assert counters["frames"]["ok"] == counters["frames"]["total"]
+    assert counters["frames"]["ok"] <= RECOMPILE_LIMIT / 2
+    torch.compiler.reset()
 
 
 def test_only_a_causal_tower_attends_causally(tiny_clip):
