@@ -183,8 +183,8 @@ def print_models(options: argparse.Namespace) -> None:
                 amount(12 * count),
                 duration(12 * count / options.disk_bytes_per_s),
                 amount(16 * count),
-                amount(4 * count + 12 * count / options.gpus),
-                amount(2 * count),
+                amount(8 * count + 12 * count / options.gpus),
+                amount(4 * count),
                 amount(gathered),
                 amount(logits),
             ]

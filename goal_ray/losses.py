@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor, nn
 
 from goal_ray.errors import ModelError
@@ -40,7 +39,9 @@ class Features(NamedTuple):
 
 
 def contrastive_terms(features: Features, counts_R4: Tensor, kind: str) -> Tensor:
-    """The global and local contrastive loss over all ranks' rows, float32 (2,); local is 0 where there are no pairs.
+    """This rank's share of the global and local contrastive loss over all ranks' rows, float32 (2,), times the ranks.
+
+    The mean over ranks is the loss. Local is 0 where there are no pairs.
 
     counts_R4  what `count_batch` finds on every rank, on the CPU
     kind       "clip" or "siglip"
@@ -49,17 +50,51 @@ def contrastive_terms(features: Features, counts_R4: Tensor, kind: str) -> Tenso
     scale = _AtMost.apply(features.logit_scale, MAX_LOGIT_SCALE).exp()
 
     def contrast(left_BE: Tensor, right_BE: Tensor, counts: Sequence[int]) -> Tensor:
-        left_NE, right_NE = gather_rows(left_BE, counts), gather_rows(right_BE, counts)
-        if len(left_NE) == 0:
-            return left_NE.sum()
-        loss = ClipLoss() if kind == "clip" else SigLipLoss()
-        return loss(left_NE, right_NE, scale, features.logit_bias)
+        if sum(counts) == 0:
+            return left_BE.sum()
+        loss = clip_share if kind == "clip" else siglip_share
+        return loss(left_BE, right_BE, scale, features.logit_bias, counts) * len(counts) / sum(counts)
 
     with torch.autocast(features.image_BE.device.type, enabled=False):
         whole = contrast(features.image_BE, features.text_BE, images)
         if features.crop_ME is None or features.sentence_ME is None:
             return torch.stack([whole, whole.new_zeros(())])
         return torch.stack([whole, contrast(features.crop_ME, features.sentence_ME, pairs)])
+
+
+def clip_share(left_BE: Tensor, right_BE: Tensor, scale: Tensor, bias: Tensor | None, counts: Sequence[int]) -> Tensor:
+    """Cross-entropy of this rank's rows against all ranks' of the other kind, both directions' mean, summed over rows.
+
+    No rank makes the (N, N) logits. Source: CLIP (arXiv 2103.00020), figure 3.
+    """
+    target_B = own_places(counts, left_BE.device)
+
+    def entropy(own_BE: Tensor, others_NE: Tensor) -> Tensor:
+        return F.cross_entropy(pair_logits(own_BE, others_NE, scale, bias), target_B, reduction="sum")
+
+    return (entropy(left_BE, gather_rows(right_BE, counts)) + entropy(right_BE, gather_rows(left_BE, counts))) / 2
+
+
+def siglip_share(
+    left_BE: Tensor, right_BE: Tensor, scale: Tensor, bias: Tensor | None, counts: Sequence[int]
+) -> Tensor:
+    """Sigmoid loss of this rank's left rows with all ranks' right rows, summed. Source: SigLIP (arXiv 2303.15343)."""
+    logits_BN = pair_logits(left_BE, gather_rows(right_BE, counts), scale, bias)
+    is_pair_BN = F.one_hot(own_places(counts, left_BE.device), sum(counts))
+    return F.binary_cross_entropy_with_logits(logits_BN, is_pair_BN.to(logits_BN.dtype), reduction="sum")
+
+
+def pair_logits(own_BE: Tensor, others_NE: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """(B, N). The rows are scaled, not the logits, of which the backward pass would then keep a copy."""
+    logits_BN = (scale * own_BE) @ others_NE.T
+    return logits_BN if bias is None else logits_BN + bias
+
+
+def own_places(counts: Sequence[int], device: torch.device) -> Tensor:
+    """(B,) where this rank's rows stand among all ranks'."""
+    rank = dist.get_rank() if len(counts) > 1 else 0
+    first = sum(counts[:rank])
+    return torch.arange(first, first + counts[rank], device=device)
 
 
 class CachedGradients(NamedTuple):
@@ -119,8 +154,9 @@ class GoalModel(nn.Module):
         features_only  returns the Features instead
 
         Averaging their gradients over ranks (as every data-parallel engine does) gives the gradient of the loss of the
-        whole batch: contrastive terms see the features of all ranks, and TSL terms are scaled so that every region
-        counts the same wherever it lies. Terms of weight 0 that cost a forward are not computed and are 0.
+        whole batch, and averaging the terms gives its terms: contrastive ones see the features of all ranks, and TSL
+        ones are scaled so that every region counts the same wherever it lies. Terms of weight 0 that cost a forward are
+        not computed and are 0.
         """
         with torch.autocast(batch.images_B3SS.device.type, torch.bfloat16, enabled=self.bf16):
             images = len(batch.images_B3SS)
@@ -237,13 +273,12 @@ class _AtMost(torch.autograd.Function):
 
 
 class _GatherRows(torch.autograd.Function):
-    """All ranks' rows. Backward needs no communication: every rank computes the same loss from the same rows, so its
-    own slice of the gradient is exact; times the number of ranks, because the engine averages gradients afterwards."""
+    """All ranks' rows. Backward adds up what every rank's share of the loss has to say of this rank's rows."""
 
     @staticmethod
     def forward(ctx, rows_ME: Tensor, counts: Sequence[int]) -> Tensor:
         rank = dist.get_rank()
-        ctx.start, ctx.count, ctx.ranks = sum(counts[:rank]), counts[rank], len(counts)
+        ctx.start, ctx.count = sum(counts[:rank]), counts[rank]
         padded = F.pad(rows_ME, (0, 0, 0, max(counts) - len(rows_ME)))
         gathered = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(gathered, padded.contiguous())
@@ -251,7 +286,9 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient_NE: Tensor):
-        return gradient_NE[ctx.start : ctx.start + ctx.count] * ctx.ranks, None
+        summed_NE = gradient_NE.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(summed_NE)
+        return summed_NE[ctx.start : ctx.start + ctx.count], None
 
 
 def gather_rows(rows_ME: Tensor, counts: Sequence[int]) -> Tensor:

@@ -8,12 +8,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from goal_batches import MEAN, STD, gradients, load, random_batch
+from open_clip.loss import ClipLoss, SigLipLoss
 
 from goal_ray.config import load_config
 from goal_ray.errors import ModelError
 from goal_ray.goal_batch import GoalBatch, count_batch
 from goal_ray.gradcache import split_batch
-from goal_ray.losses import MAX_LOGIT_SCALE, GoalModel, contrastive_terms
+from goal_ray.losses import MAX_LOGIT_SCALE, Features, GoalModel, contrastive_terms
 from goal_ray.settings import TERMS, LossConfig
 
 
@@ -159,6 +160,48 @@ def test_two_ranks_with_unequal_pairs_give_the_gradient_of_the_whole_batch(tiny_
     for name, gradient in gradients(loaded.clip, terms.sum()).items():
         scale = gradient.abs().max().clamp(min=1e-3)
         assert ((found["gradients"][name] - gradient).abs().max() / scale) < 1e-4, name
+
+
+ROWS_PER_RANK = (3, 0, 2)
+
+
+def contrast_on_rank(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(ROWS_PER_RANK))
+    counts_R4 = torch.tensor(ROWS_PER_RANK)[:, None].repeat(1, 4)
+    for kind in ("clip", "siglip"):
+        inputs = contrast_inputs()
+        own = [rows.split(ROWS_PER_RANK)[rank] for rows in inputs[:2]]
+        terms_2 = contrastive_terms(Features(*own, *own, *inputs[2:]), counts_R4, kind)
+        found = {"terms": terms_2.detach()} | {
+            name: gradient.contiguous()
+            for name, gradient in zip(INPUTS, torch.autograd.grad(terms_2[0], inputs), strict=True)
+        }
+        for tensor in found.values():
+            dist.all_reduce(tensor)
+            tensor /= len(ROWS_PER_RANK)
+        if rank == 0:
+            torch.save(found, os.path.join(folder, f"{kind}.pt"))
+    dist.destroy_process_group()
+
+
+INPUTS = ("left", "right", "scale", "bias")
+
+
+def contrast_inputs() -> list[torch.Tensor]:
+    random = torch.Generator().manual_seed(5)
+    rows = [F.normalize(torch.randn(sum(ROWS_PER_RANK), 16, generator=random), dim=1) for _ in range(2)]
+    return [each.requires_grad_() for each in (*rows, torch.tensor([2.0]), torch.tensor([-3.0]))]
+
+
+def test_ranks_with_rows_or_none_share_what_open_clip_computes_of_all(tmp_path):
+    mp.spawn(contrast_on_rank, (str(tmp_path),), nprocs=len(ROWS_PER_RANK))
+    for kind, loss in (("clip", ClipLoss()), ("siglip", SigLipLoss())):
+        found = torch.load(tmp_path / f"{kind}.pt", weights_only=True)
+        left, right, scale, bias = inputs = contrast_inputs()
+        whole = loss(left, right, scale.exp(), bias)
+        torch.testing.assert_close(found["terms"], whole.detach().repeat(2))
+        for name, gradient in zip(INPUTS, torch.autograd.grad(whole, inputs), strict=True):
+            torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6, msg=f"{kind}: {name}")
 
 
 @pytest.mark.parametrize(
