@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from goal_ray.cores import usable_cores
 from goal_ray.events import wants_json
 
 # Read when `ray` is first imported, and by the processes it starts. The first, meant for other systems, makes Ray bind
@@ -49,7 +50,7 @@ def ray_session(busy_cpus: int = 0) -> Iterator[None]:
     else:
         ray.init(
             address="local",
-            num_cpus=max(os.cpu_count() or 1, busy_cpus + 2),
+            num_cpus=max(usable_cores(), busy_cpus + 2),
             include_dashboard=False,
             **quiet,
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from goal_ray.cores import usable_cores
 from goal_ray.errors import ConfigError, ModelError, StageError
 from goal_ray.evaluate.embed import describe_skip, embed_shards
 from goal_ray.model import load_model, usable_device
@@ -60,7 +61,7 @@ def evaluate(
     place = result_place(checkpoint, shards, out)
     if place is not None:
         claim_place(place)
-    found = embed_shards(load_model(ModelConfig(name, weights)), urls, batch, device, os.cpu_count() or 1, pairs)
+    found = embed_shards(load_model(ModelConfig(name, weights)), urls, batch, device, usable_cores(), pairs)
     total = found.samples + len(found.skipped)
     if len(found.skipped) > max_bad_share * total:
         raise StageError(

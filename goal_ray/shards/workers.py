@@ -1,7 +1,6 @@
 """Work on many shards at once, in processes; reading ahead, in threads."""
 
 import multiprocessing
-import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,6 +10,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from goal_ray.cores import usable_cores
 from goal_ray.errors import ConfigError, StageError
 
 _THREADS = 16
@@ -25,11 +25,11 @@ def map_shards(
 
     work     runs in another process where there is more than one worker and one shard: it, its result and what it
              raises must be picklable
-    workers  processes; None for one per CPU
+    workers  processes; None for one per core that may be used
 
     Raises what `work` raises, and StageError where a worker dies.
     """
-    workers = min(os.cpu_count() or 1 if workers is None else workers, len(shards))
+    workers = min(usable_cores() if workers is None else workers, len(shards))
     if workers < 1:
         raise ConfigError("--workers must be at least 1")
     results = map(work, shards) if workers == 1 else in_processes(work, shards, workers)

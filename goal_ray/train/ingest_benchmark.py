@@ -21,6 +21,7 @@ from PIL import Image
 
 from goal_ray.batches import ExampleBuilder
 from goal_ray.cli import run_main
+from goal_ray.cores import usable_cores
 from goal_ray.errors import StageError
 from goal_ray.geometry import PixelGeometry
 from goal_ray.goal_batch import unpack
@@ -78,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name, size in {} if options.shards else PICTURES.items():
             print(f"making {options.samples} photographs of {name}", flush=True)
             (Path(folder) / name).mkdir()
-            tars = write_photo_tars(Path(folder) / name, size, options.samples, SHARDS_PER_CPU * cpus(), common_words())
+            shards = SHARDS_PER_CPU * usable_cores()
+            tars = write_photo_tars(Path(folder) / name, size, options.samples, shards, common_words())
             sets[name] = tars
         columns = f"{'samples/s/core':>16}{'lowest to highest':>20}{'ratio':>7}{'samples/CPU-s':>15}{'ratio':>7}"
         print(f"{'tars':<12}{'way':<12}{'first batch, s':>15}{columns}")
@@ -90,17 +92,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.out is not None:
         packages = ("torch", "torchvision", "pillow", "ray", "webdataset", "open_clip_torch")
         result = {
-            "cores": cpus(),
+            "cores": usable_cores(),
             "batch": options.batch,
             "versions": {package: version(package) for package in packages},
             "runs": rows,
         }
         options.out.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def cpus() -> int:
-    """The CPUs of this machine."""
-    return os.cpu_count() or 1
 
 
 def common_words() -> list[str]:
@@ -137,7 +134,7 @@ def compare(name: str, urls: list[str], batch: int, seconds: float, repeats: int
             measured[way].append(measure(stream(urls, batch), seconds))
     per_core, per_cpu_s = {}, {}
     for way, runs in measured.items():
-        cores = 1 if way == "function" else cpus()
+        cores = 1 if way == "function" else usable_cores()
         per_core[way] = [run.samples / run.wall_s / cores for run in runs]
         per_cpu_s[way] = [run.samples / run.cpu_s for run in runs]
     rows = []
@@ -265,7 +262,7 @@ def webdataset_batches(urls: list[str], batch: int) -> Generator[int, None, None
     loader = torch.utils.data.DataLoader(
         dataset.compose(Until(stop)).map(UsualPreparation()).batched(batch),
         batch_size=None,
-        num_workers=cpus(),
+        num_workers=usable_cores(),
         multiprocessing_context=context,
         prefetch_factor=4,
     )
