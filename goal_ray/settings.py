@@ -124,7 +124,7 @@ class StepConfig:
     sdpa: attention by one projection and PyTorch's fused kernel, told that texts are causal; else open_clip's own
     compile: torch.compile of the transformer blocks; minutes at the start, needs a C++ compiler; not with zero_stage=3
     checkpoint_activations: recompute the blocks in the backward pass: a third more arithmetic for far less memory
-    channels_last: pictures and the patch convolution in NHWC
+    channels_last: pictures in NHWC for the patch convolution
     text_multiple: texts are padded to a multiple of so many tokens: few shapes to compile, aligned for tensor cores
     fused_adamw: the optimizer's update in one kernel over all parameters
     """

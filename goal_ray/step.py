@@ -50,7 +50,10 @@ def prepare_step(clip: nn.Module, config: StepConfig) -> None:
             if config.compile:
                 block.compile(recompile_limit=RECOMPILE_LIMIT)
     if config.channels_last:
-        visual.conv1.to(memory_format=torch.channels_last)
+        # The pictures alone: cuDNN then reads the small weight as it likes, and DeepSpeed sends no weight but in NCHW.
+        visual.conv1.register_forward_pre_hook(
+            lambda _, pixels: tuple(each.contiguous(memory_format=torch.channels_last) for each in pixels)
+        )
 
 
 def is_plain(block: Any) -> bool:

@@ -80,7 +80,7 @@ def run_stage(folder: Path, config, resume_from: Path | None, rank: int, save: b
 
 def run_rank(rank: int, folder: str, tiny_clip: str) -> None:
     os.environ.update(DS_ACCELERATOR="cpu", RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE="2")
-    from goal_ray.settings import ModelConfig
+    from goal_ray.settings import ModelConfig, StepConfig
     from goal_ray.train.config import DataConfig, OptimizerConfig, TrainConfig
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -108,6 +108,10 @@ def run_rank(rank: int, folder: str, tiny_clip: str) -> None:
         **{
             f"layer decay in stage {stage}": replace(stages[stage], optimizer=OptimizerConfig(layer_decay=0.5))
             for stage in (0, 2, 3)
+        },
+        **{
+            f"channels last in stage {stage}": replace(stages[stage], step=StepConfig(channels_last=True))
+            for stage in (0, 1, 3)
         },
     }
     for name, variant in variants.items():
@@ -143,6 +147,11 @@ def test_accumulated_gradients_are_the_mean_over_the_micro_batches(curves):
 @pytest.mark.parametrize("name", ["offloaded optimizer", "offloaded parameters"])
 def test_offload_to_the_cpu_gives_the_same_loss_curve(curves, name):
     assert curves[name] == pytest.approx(curves["stage 0"], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_pictures_in_channels_last_give_the_same_loss_curve(curves, stage):
+    assert curves[f"channels last in stage {stage}"] == pytest.approx(curves["stage 0"], rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])

@@ -102,13 +102,8 @@ COMPETITORS = {"goal": goal, "plain": plain, "published": published}
 
 
 def own_copy(clip: nn.Module) -> Any:
-    """A model of its own around the same weights, so that large models fit side by side.
-
-    The patch convolution alone is a copy: channels_last changes its weight in place.
-    """
-    own = {id(parameter) for parameter in image_tower(clip).conv1.parameters()}
-    shared = {id(parameter): parameter for parameter in clip.parameters() if id(parameter) not in own}
-    return copy.deepcopy(clip, shared)
+    """A model of its own around the same weights, so that large models fit side by side."""
+    return copy.deepcopy(clip, {id(parameter): parameter for parameter in clip.parameters()})
 
 
 def adamw(clip: nn.Module, fused: bool | None) -> torch.optim.AdamW:
