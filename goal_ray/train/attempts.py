@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -350,7 +351,9 @@ def own_error(error: BaseException, run_dir: Path) -> BaseException:
         if type(cause).__name__.startswith("WorkerGroupStartup"):
             return WorkerDied(f"the workers could not be started ({first_line(cause)}); run folder: {run_dir}")
     # A worker whose peer died may tell of it first, as an error of the collective that it waited in.
-    return next((cause for cause in inside if type(cause) is RuntimeError or "Dist" in type(cause).__name__), error)
+    # An AcceleratorError is a GPU's own, after which its process is of no use.
+    kinds = re.compile("RuntimeError|AcceleratorError|Dist.*Error")
+    return next((cause for cause in inside if kinds.fullmatch(type(cause).__name__)), error)
 
 
 def number_of(workers: int) -> str:

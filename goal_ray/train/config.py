@@ -137,7 +137,8 @@ class TrainConfig:
     epochs: passes over the data
     max_steps: stop (and end the schedule) after this many optimizer steps, if that comes first; empty is no limit
     precision: fp32, or bf16, which computes in bfloat16 (autocast) with fp32 parameters, gradients and optimizer
-    zero_stage: DeepSpeed ZeRO stage: 0 replicates, 1 shards optimizer states, 2 gradients too, 3 parameters too
+    zero_stage: DeepSpeed ZeRO stage: 0 replicates, 1 shards optimizer states, 2 gradients too, 3 parameters too;
+        one worker has nothing to shard, and its stage is 0 unless it offloads
     offload: optimizer keeps its states and the update on the CPU (zero_stage 1 to 3), parameters them too (3)
     workers: Ray Train workers, one GPU each on GPUs; [min, max] takes as many as the cluster has at every (re)start,
         with the same micro-batches: batch_per_worker is meant for max, fewer workers take more, in chunks

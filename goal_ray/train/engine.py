@@ -10,6 +10,9 @@ from goal_ray.losses import GoalModel
 from goal_ray.model import image_tower, text_tower
 from goal_ray.train.config import OptimizerConfig, TrainConfig
 
+BUCKET = 5 * 10**7
+"""Elements of gradients that are reduced at a time, 0.2 GB; DeepSpeed's default is ten times that, for any model."""
+
 
 def freeze_tower(clip: nn.Module, which: str) -> None:
     """Keeps a tower ("image", "text" or "none") from learning; the logit scale always learns."""
@@ -65,6 +68,7 @@ def parameter_groups(model: GoalModel, config: OptimizerConfig) -> list[dict[str
 def build_engine(model: GoalModel, config: TrainConfig, workers: int) -> Any:
     """A DeepSpeed engine where the model is; the process group must exist. Precision is the model's own affair.
 
+    A lone worker has nothing to shard: its engine is of stage 0, whatever `zero_stage` is, unless it offloads.
     AdamW starts at learning rate 0, since ZeRO-3's dry first step must move nothing; the loop sets the rate.
     """
     import deepspeed
@@ -73,7 +77,11 @@ def build_engine(model: GoalModel, config: TrainConfig, workers: int) -> Any:
         if parameter.ndim == 0:  # DeepSpeed cannot broadcast scalars
             parameter.data = parameter.data.reshape(1)
     chunks, adam = config.chunks(workers), config.optimizer
-    zero: dict[str, Any] = {"stage": config.zero_stage}
+    stage = config.zero_stage if workers > 1 or config.offload != "none" else 0
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": BUCKET}
+    if stage == 3:
+        # By default parameters stay that are used again within 10⁹ elements: all of a ViT-L.
+        zero |= {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 2 * BUCKET}
     place = {"device": "cpu", "pin_memory": next(model.parameters()).is_cuda}
     if config.offload != "none":
         zero["offload_optimizer"] = place
@@ -82,17 +90,25 @@ def build_engine(model: GoalModel, config: TrainConfig, workers: int) -> Any:
     settings = {
         "train_micro_batch_size_per_gpu": -(-config.worker_batch(workers) // chunks),
         "gradient_accumulation_steps": config.accumulate * chunks,
-        "gradient_clipping": adam.clip_norm,
+        "gradient_clipping": adam.clip_norm if stage else 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the GPU before and after every micro-batch
     }
     # False would also turn off PyTorch's default on GPUs, one kernel for many parameters.
     fused = config.step.fused_adamw or None
     optimizer = torch.optim.AdamW(parameter_groups(model, adam), lr=0.0, betas=adam.betas, eps=adam.eps, fused=fused)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
-    if config.zero_stage == 3:
+    if stage == 0:
+
+        def clip(*_: Any) -> None:
+            # DeepSpeed's own clipping forgets the norm, and takes it tensor by tensor.
+            engine._global_grad_norm = nn.utils.clip_grad_norm_(model.parameters(), adam.clip_norm or torch.inf)
+
+        optimizer.register_step_pre_hook(clip)
+    if stage == 3:
         register_direct_parameters(model)
     return engine
 

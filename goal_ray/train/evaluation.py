@@ -94,7 +94,8 @@ class Evaluations:
     def _start(self, step: int) -> Any:
         import ray
 
-        task = ray.remote(evaluate_checkpoint)
+        # One call a process, or an idle one would keep a GPU's memory that Ray lends to another.
+        task = ray.remote(max_calls=1)(evaluate_checkpoint)
         reserved = task.options(num_cpus=self.config.cpus, num_gpus=self.config.gpus, max_retries=2)
         return reserved.remote(str(checkpoint_folder(self.run_dir, step)), self.config)
 

@@ -112,6 +112,8 @@ def run_steps(job: Job, rank: int, ranks: int, device: torch.device) -> None:
             for micro_batch in group:
                 terms_4 = train_step(engine, micro_batch, config.loss.contrastive, weights)
                 window.add(done, terms_4, micro_batch, flops.of(micro_batch))
+            if not engine.was_step_applied():
+                raise nonfinite(job, done)
             done += 1
             last = done == total_steps
             report(job, rank, window.arrived())
@@ -194,14 +196,22 @@ def report(job: Job, rank: int, record: dict[str, Any] | None) -> None:
         return
     bad_step = record.pop("nonfinite_step")
     if bad_step is not None:
-        place = write_offenders(job, bad_step)
-        job.send({"nonfinite": bad_step + 1})
-        raise StageError(
-            f"the loss of step {bad_step + 1} is not finite; the samples of that step and the one before are listed in "
-            f"{place}; look at them, or lower optimizer.lr, then go on with --resume from the checkpoint before"
-        )
+        raise nonfinite(job, bad_step)
     if rank == 0:
         job.send(record)
+
+
+def nonfinite(job: Job, step: int) -> StageError:
+    """What ends the run after step `step`, from 0; tells the driver, and writes the samples that may be the cause.
+
+    DeepSpeed leaves out an update whose gradient is not finite, and would go on.
+    """
+    place = write_offenders(job, step)
+    job.send({"nonfinite": step + 1})
+    return StageError(
+        f"the loss of step {step + 1}, or its gradient, is not finite; the samples of that step and the one before are "
+        f"listed in {place}; look at them, or lower optimizer.lr, then go on with --resume from the checkpoint before"
+    )
 
 
 def write_offenders(job: Job, step: int) -> Path:

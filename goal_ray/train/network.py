@@ -57,12 +57,14 @@ def join(rank: int, ranks: int, meeting: tuple[str, int], backend: str) -> None:
     import torch.distributed as dist
 
     choose_interface()
+    # DeepSpeed makes groups of its own, without saying how long they wait: for 10 minutes, on NCCL.
+    dist.distributed_c10d.default_pg_nccl_timeout = PATIENCE
     store = STORES.pop() if rank == 0 else dist.TCPStore(*meeting, is_master=False)
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=PATIENCE)
 
 
 def choose_interface() -> None:
-    """Names the interface of this node's address to Gloo, unless the environment names one."""
+    """Names the interface of this node's address to Gloo and NCCL, unless the environment names one."""
     import psutil
     from ray.util import get_node_ip_address
 
@@ -70,3 +72,4 @@ def choose_interface() -> None:
     for name, addresses in psutil.net_if_addrs().items():
         if own in [each.address for each in addresses]:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # without the sign it is the beginning of a name

@@ -151,7 +151,7 @@ def train_on_cluster(
     first_step = 0 if resume_from is None else step_of(resume_from)
     use_gpu = choose_gpu(config)
     check_backend(config, use_gpu)
-    check_evaluation(config)
+    check_evaluation(config, use_gpu)
     line.begin(first_step, total_steps)
     write_run(run_dir, config, {shard_name(url): count for url, count in zip(urls, counts, strict=True)})
     before = read_result(run_dir)
@@ -294,18 +294,20 @@ def check_backend(config: TrainConfig, use_gpu: bool) -> None:
         raise ConfigError(f"loss.tsl_backend: {error}") from None
 
 
-def check_evaluation(config: TrainConfig) -> None:
-    """Raises StageError where no node of a private cluster has what an evaluation needs; it would be waited for."""
+def check_evaluation(config: TrainConfig, use_gpu: bool) -> None:
+    """Raises StageError where a private cluster lacks what an evaluation needs beside the workers: it would wait."""
     import ray
 
     wanted = config.evaluation
     if wanted.shards is None or is_joined():  # a cluster that was joined may grow
         return
-    rooms = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(room.get("CPU", 0) >= wanted.cpus and room.get("GPU", 0) >= wanted.gpus for room in rooms):
+    (room,) = (node["Resources"] for node in ray.nodes() if node["Alive"])
+    cpus = room.get("CPU", 0)
+    gpus = room.get("GPU", 0) - (config.min_workers if use_gpu else 0)
+    if cpus < wanted.cpus or gpus < wanted.gpus:
         raise StageError(
-            f"an evaluation needs {wanted.cpus:g} CPUs and {wanted.gpus:g} GPUs of one node, and there are "
-            f"{rooms[0].get('CPU', 0):g} and {rooms[0].get('GPU', 0):g}; lower evaluation.cpus or evaluation.gpus"
+            f"an evaluation needs {wanted.cpus:g} CPUs and {wanted.gpus:g} GPUs, and there are {cpus:g} and, beside "
+            f"the workers', {gpus:g}; lower evaluation.cpus, evaluation.gpus or `workers`"
         )
 
 

@@ -135,8 +135,10 @@ def allocate_averages(engine: Any, step: int) -> None:
         tensors = engine.optimizer.fp32_partitioned_groups_flat
     else:
         tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    fused = optimizer.defaults["fused"]
     for tensor in tensors:
-        count = torch.tensor(float(step), device=tensor.device)  # where the fused AdamW wants it
+        # Where AdamW wants it: unless it is fused, it would wait for a GPU's.
+        count = torch.tensor(float(step), device=tensor.device if fused else "cpu")
         optimizer.state[tensor] = {"step": count, **{key: torch.zeros_like(tensor) for key in AVERAGES}}
     if stage in (1, 2):
         engine.optimizer._lazy_init_hp_params_optimizer_state()

@@ -23,11 +23,20 @@ def worker_entry(job_fields: dict[str, Any], mailbox: Any, use_gpu: bool) -> Non
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    os.environ["RANK"], os.environ["LOCAL_RANK"] = str(rank), str(context.get_local_rank())
+    device = ray.train.torch.get_device()
+    # DeepSpeed takes LOCAL_RANK for the GPU's index; Ray's ranks are in another order than its GPUs from ten on.
+    os.environ["LOCAL_RANK"] = str(device.index if use_gpu else context.get_local_rank())
+    os.environ["RANK"] = str(rank)
     os.environ["WORLD_SIZE"] = str(context.get_world_size())
     os.environ["LOCAL_WORLD_SIZE"] = str(context.get_local_world_size())
+    if use_gpu:
+        from deepspeed.accelerator import cuda_accelerator
+
+        cuda_accelerator.pynvml = None  # with it DeepSpeed takes the names of GPUs for numbers, which MIG's are not
+    if not use_gpu or job_fields["config"].offload != "none":
+        # A GPU's worker leaves half of the cores to those that read its pictures.
+        share_cores(context.get_local_world_size() * (2 if use_gpu else 1))
     if not use_gpu:
-        use_all_cpus(context.get_local_world_size())
         # DeepSpeed would compile its shared-memory operator, for half a minute and only where a compiler is; it serves
         # inference alone.
         deepspeed.ops.__compatible_ops__ = {}
@@ -44,7 +53,7 @@ def worker_entry(job_fields: dict[str, Any], mailbox: Any, use_gpu: bool) -> Non
     send({"node": ray.get_runtime_context().get_node_id(), "pid": os.getpid(), "rank": rank})
     try:
         job = Job(**job_fields, send=send, stopping=wish.is_set)
-        train_worker(job, rank, context.get_world_size(), ray.train.torch.get_device())
+        train_worker(job, rank, context.get_world_size(), device)
     finally:
         done.set()
         ray.get(sent)  # records arrive in order, so all are there when the last is
@@ -60,8 +69,10 @@ def watch(mailbox: Any, wish: threading.Event, done: threading.Event) -> None:
             return
 
 
-def use_all_cpus(workers_here: int) -> None:
-    """Shares this machine's cores among its CPU workers; Ray would leave one thread to each."""
+def share_cores(parts: int) -> None:
+    """Gives PyTorch a part of this machine's cores; Ray would leave it one thread."""
     import torch
 
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers_here))
+    from goal_ray.cores import usable_cores
+
+    torch.set_num_threads(max(1, usable_cores() // parts))

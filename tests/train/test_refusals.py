@@ -15,7 +15,7 @@ from goal_ray.errors import ConfigError, GoalRayError, ShardError, StageError
 from goal_ray.settings import LossConfig, ModelConfig
 from goal_ray.train.config import DataConfig, EvaluationConfig, TrainConfig
 from goal_ray.train.loop import Job, train_worker
-from goal_ray.train.run import check_backend, train
+from goal_ray.train.run import check_backend, check_evaluation, train
 
 
 @pytest.fixture
@@ -161,9 +161,21 @@ def test_what_the_data_or_the_cluster_cannot_carry_is_refused(config, tmp_path, 
 
 @pytest.mark.usefixtures("cluster")
 def test_an_evaluation_that_no_node_has_room_for_is_refused_before_the_training(config, tmp_path):
-    with pytest.raises(StageError, match="an evaluation needs 1 CPUs and 3 GPUs of one node, and there are"):
+    with pytest.raises(StageError, match="an evaluation needs 1 CPUs and 3 GPUs, and there are"):
         train(replace(config, evaluation=EvaluationConfig(config.data.shards, gpus=3)))
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_an_evaluation_may_not_count_on_the_gpus_of_the_workers(config, monkeypatch):
+    import ray
+
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}}])
+    wanted = replace(config, evaluation=EvaluationConfig(config.data.shards, gpus=1), batch_per_worker=2)
+    check_evaluation(replace(wanted, workers=1), use_gpu=True)
+    check_evaluation(replace(wanted, workers=2), use_gpu=False)
+    with pytest.raises(StageError, match=r"needs 1 CPUs and 1 GPUs, and there are 8 and, beside the workers', 0"):
+        check_evaluation(replace(wanted, workers=2), use_gpu=True)
 
 
 def test_a_tsl_backend_that_the_workers_cannot_run_is_refused_before_any_work(config, monkeypatch):

@@ -254,13 +254,17 @@ def test_the_best_checkpoint_is_exported_and_a_run_that_no_longer_gets_better_en
     assert train(config, resume=True) == ended
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_the_samples_named(undisturbed, tmp_path):
+# Two workers shard the optimizer, and DeepSpeed then leaves out the update that one worker makes.
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_loss_that_is_not_finite_ends_the_run_with_the_samples_named(undisturbed, tmp_path, workers):
     config, _ = undisturbed
     config = replace(
         config, optimizer=OptimizerConfig(lr=1e30, warmup_steps=0, clip_norm=0), storage_path=str(tmp_path)
     )
-    with pytest.raises(StageError, match=r"the loss of step \d+ is not finite.*nonfinite-step-.*lower optimizer.lr"):
-        train(replace(config, workers=1, batch_per_worker=8))
+    with pytest.raises(
+        StageError, match=r"the loss of step \d+, or its gradient, is not finite.*nonfinite-step-.*lower optimizer.lr"
+    ):
+        train(replace(config, workers=workers, batch_per_worker=8 // workers))
     (place,) = (tmp_path / config.name).glob("nonfinite-step-*.json")
     steps = json.loads(place.read_text())
     assert list(steps) == [str(int(place.stem[-8:]) - 1), str(int(place.stem[-8:]))]
@@ -333,3 +337,12 @@ def test_the_death_of_a_worker_is_told_without_a_traceback(tmp_path):
     error = own_error(WorkerGroupError("a worker failed", {1: died.value}), tmp_path)
     assert isinstance(error, WorkerDied)
     assert re.fullmatch(r"a training worker died \(.+\); the memory may have run out: .*--resume.*", str(error))
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, torch.AcceleratorError, torch.distributed.DistBackendError])
+def test_an_error_of_a_gpu_or_a_collective_is_one_that_workers_start_again_after(tmp_path, kind):
+    from ray.train import WorkerGroupError
+
+    cause = kind("it stopped")
+    assert own_error(WorkerGroupError("a worker failed", {0: cause}), tmp_path) is cause
+    assert isinstance(cause, RuntimeError)  # which `Attempts` takes for a reason to start again
