@@ -84,6 +84,7 @@ def evaluate(
         "captions": len(found.pairs_P2[:, 1].unique()),
         "repeated": found.samples - len(found.pairs_P2),
         "skipped": found.skipped,
+        "device": device,
         "seconds": round(time.perf_counter() - began, 1),
     }
     if place is not None:
@@ -145,7 +146,7 @@ def print_table(result: dict[str, Any]) -> None:
     repeated = f"{result['repeated']} repeated, " if result["repeated"] else ""
     print(
         f"{result['count']} pairs of {result['pictures']} pictures and {result['captions']} captions; "
-        f"{repeated}{len(result['skipped'])} skipped"
+        f"{repeated}{len(result['skipped'])} skipped; computed on {result['device']} in {result['seconds']} s"
     )
     print(f"{'':<22}" + "".join(f"{name:>13}" for name in names))
     rows = {"text → image": result["text_to_image"], "image → text": result["image_to_text"]}

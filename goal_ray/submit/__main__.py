@@ -29,13 +29,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     command.add_argument("--runtime-env", type=Path, help="YAML file with more of Ray's runtime environment")
     command.add_argument("--name", help="the job's id; one that is taken is refused (Ray makes one up)")
+    command.add_argument(
+        "--gpus",
+        type=float,
+        default=0,
+        help="GPUs for the stage's own process, such as evaluate's; the workers of lism and train have their own (0)",
+    )
     command.add_argument("--no-wait", action="store_true", help="return at once")
     command.add_argument("stage", choices=STAGES, metavar="STAGE", help=", ".join(STAGES))
     command.add_argument("arguments", nargs=argparse.REMAINDER, help="the stage's arguments")
     options = command.parse_args(arguments)
     runtime_env = runtime_environment(options.working_dir.absolute(), options.runtime_env)
     follower = JobFollower(options.address)
-    job = follower.submit(["python", "-m", f"goal_ray.{options.stage}", *options.arguments], runtime_env, options.name)
+    entry = ["python", "-m", f"goal_ray.{options.stage}", *options.arguments]
+    job = follower.submit(entry, runtime_env, options.name, options.gpus)
     how = f"ray job status|logs|stop --address {options.address} {job}"
     print(f"job {job}: {how}", file=sys.stderr)
     if options.no_wait:

@@ -32,14 +32,20 @@ class JobFollower:
         with explained(address):
             self.client = JobSubmissionClient(address)
 
-    def submit(self, command: Sequence[str], runtime_env: dict[str, Any], name: str | None) -> str:
-        """Starts a command as a job, in a copy of the runtime environment's working folder. Returns the job's id."""
+    def submit(self, command: Sequence[str], runtime_env: dict[str, Any], name: str | None, gpus: float = 0) -> str:
+        """Starts a command as a job, in a copy of the runtime environment's working folder. Returns the job's id.
+
+        gpus  what the command's own process holds: it then runs on a node that has them, not on the head
+        """
         until = time.monotonic() + STARTING_S
         while True:
             try:
                 with explained(self.address):
                     return self.client.submit_job(
-                        entrypoint=shlex.join(command), runtime_env=runtime_env, submission_id=name
+                        entrypoint=shlex.join(command),
+                        runtime_env=runtime_env,
+                        submission_id=name,
+                        entrypoint_num_gpus=gpus or None,
                     )
             except StageError as error:
                 # A head answers some seconds before its node can start jobs.

@@ -121,6 +121,19 @@ def test_a_job_that_fails_fails_the_command_with_the_job_s_own_error(head, tmp_p
     assert "failed" in job.stderr
 
 
+def test_a_job_whose_own_process_needs_a_gpu_waits_for_a_node_that_has_one(head, tmp_path):
+    submitted = head.submit(
+        "--working-dir", tmp_path, "--name", "measured", "--gpus", 1, "--no-wait", "evaluate", "x", token=head.token
+    )
+    assert submitted.returncode == 0, submitted.stderr
+    request = urllib.request.Request(f"{head.address}/api/jobs/measured")
+    request.add_header("Authorization", f"Bearer {head.token}")
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        job = json.load(answer)
+    assert job["status"] == "PENDING"
+    assert "waiting for resources" in job["message"]
+
+
 def test_an_address_where_nothing_is_and_a_folder_that_is_not_there_are_refused(head, tmp_path, call):
     status, _, complaint = call("submit", "--address", f"http://127.0.0.1:{free_port()}", "train", "x.yaml")
     assert (status, complaint[:7]) == (2, "error: ")

@@ -183,7 +183,7 @@ def test_a_runs_numbers_go_into_its_folder_and_onto_the_screen(run, scenes, caps
     place = run / "evaluation" / "scenes-000000.json"
     result = json.loads(place.read_text())
     printed = capsys.readouterr().out
-    assert "10 pairs of 10 pictures and 10 captions; 0 skipped" in printed
+    assert "10 pairs of 10 pictures and 10 captions; 0 skipped; computed on cpu in " in printed
     assert printed.splitlines()[1].split() == ["R@1", "R@5", "mAP", "median_rank"]
     for line, direction in zip(printed.splitlines()[2:4], DIRECTIONS, strict=True):
         assert line.startswith(direction.replace("_to_", " → "))
