@@ -90,7 +90,9 @@ def retrieval_metrics(
     image_IE, text_TE = image_IE[pictures], text_TE[captions]
 
     def summary(query_QE: Tensor, target_TE: Tensor, query_P: Tensor, target_P: Tensor) -> dict[str, float]:
-        rank_P = ranks(query_QE[query_P], target_TE, target_index=target_P)
+        # On the CPU, where sums have an order.
+        rank_P = ranks(query_QE[query_P], target_TE, target_index=target_P).cpu()
+        query_P = query_P.cpu()
         # Right answers by query and, within one, by rank: of the answers no less similar than the nth, which are `rank`
         # in number, n are right; of right ones that tie, the last has the n of all.
         by_rank = rank_P.argsort()
@@ -98,10 +100,10 @@ def retrieval_metrics(
         query_P, rank_P = query_P[order], rank_P[order]
         answers_Q = query_P.bincount()
         first_Q = answers_Q.cumsum(0) - answers_Q
-        place_P = 1 + torch.arange(len(query_P), device=query_P.device) - first_Q[query_P]
+        place_P = 1 + torch.arange(len(query_P)) - first_Q[query_P]
         _, tie_P = torch.stack([query_P, rank_P]).unique_consecutive(return_inverse=True, dim=1)
         place_P = torch.zeros_like(place_P).scatter_reduce(0, tie_P, place_P, "amax")[tie_P]
-        precision_Q = torch.zeros(len(answers_Q), dtype=torch.float64, device=query_P.device)
+        precision_Q = torch.zeros(len(answers_Q), dtype=torch.float64)
         precision_Q = precision_Q.index_add(0, query_P, place_P.double() / rank_P) / answers_Q
         best_Q, count = (1 + rank_P - place_P)[first_Q], len(answers_Q)
         recalls = {f"R@{k}": 100 * int((best_Q <= k).sum()) / count for k in at if k < len(target_TE)}

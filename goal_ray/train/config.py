@@ -88,7 +88,7 @@ class EvaluationConfig:
     metric: what the best checkpoint is best in: [local. | joint.]text_to_image.NAME or image_to_text.NAME, where NAME
         is R@1, R@5, R@25, R@50, mAP or median_rank
     patience: the run ends after so many evaluations without a better one; empty never ends it early
-    cpus: CPUs of the evaluation, beside those of the workers
+    cpus: CPUs of the evaluation, beside those of the workers; one is for small models and few pictures
     gpus: GPUs of the evaluation, beside those of the workers; 0 evaluates on its CPUs
     """
 
