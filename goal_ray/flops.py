@@ -166,8 +166,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def peak_of(name: str) -> Peak | None:
-    """A GPU's peaks by its full name, None for one that is not in the table."""
+    """A GPU's peaks by its full name, None for one that is not in the table, and for a MIG slice of one."""
     words = f" {name} ".replace("-", " ").lower()
+    if " mig " in words:
+        return None
     return next((peak for part, peak in PEAKS.items() if f" {part.lower()} " in words), None)
 
 

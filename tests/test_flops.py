@@ -123,8 +123,11 @@ def test_a_gpu_without_bfloat16_has_no_peak_for_it():
     assert peak_of("Tesla V100-SXM2-16GB").bf16 is None
 
 
-@pytest.mark.parametrize("name", ["NVIDIA GeForce GTX 1080", "NVIDIA A1000", "AMD Instinct MI300X"])
-def test_an_unknown_gpu_has_no_peak(name):
+@pytest.mark.parametrize(
+    "name",
+    ["NVIDIA GeForce GTX 1080", "NVIDIA A1000", "AMD Instinct MI300X", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"],
+)
+def test_an_unknown_gpu_and_a_slice_of_one_have_no_peak(name):
     assert peak_of(name) is None
 
 

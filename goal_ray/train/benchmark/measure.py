@@ -73,15 +73,16 @@ def machine(device: str) -> dict[str, str]:
 def time_in_turn(competitors: list[Competitor], rounds: int, warmup: int) -> dict[str, Rounds]:
     """Each competitor's parts in every round after `warmup` untimed ones.
 
-    They take turns, so that a machine that slows down slows all; and begin in turn, since on a GPU the first of a round
-    finds an empty queue.
+    They take turns, so that a machine that slows down slows all. On a GPU each finds an empty queue, whether or not the
+    one before waits for the GPU.
     """
     times: dict[str, Rounds] = {competitor.name: [] for competitor in competitors}
     for number in range(warmup + rounds):
         print(f"round {number + 1} of {warmup + rounds}, {warmup} of them untimed", file=sys.stderr, flush=True)
-        first = number % len(competitors)
         with measure("between") as seconds:
-            for competitor in competitors[first:] + competitors[:first]:
+            for competitor in competitors:
+                if torch.cuda.is_initialized():
+                    torch.cuda.synchronize()
                 competitor.step()
         for name, each in times.items():
             if number >= warmup:
