@@ -23,6 +23,7 @@ from goal_ray.train.run import TrainResult, train
 
 HERE = Path(__file__).parent
 RESULT_FILE = "demo.json"
+DEVICE = "cpu"  # as the recipes say
 MODELS = {"start": "start", "global": "global loss only", "goal": "GOAL"}
 GLOBAL_ONLY = ("loss.weight_local=0", "loss.weight_tsl_image=0", "loss.weight_tsl_text=0", "name=global")
 DIRECTIONS = ("text_to_image", "image_to_text")
@@ -82,18 +83,14 @@ def run_seed(folder: Path, seed: int) -> dict[str, Any]:
 
     start = fit("start.yaml", folder, seed, scenes["short"], str(HERE / "demo_clip.json"))
     paired = str(folder / "paired")
-    matcher = f"matcher.model.name={start.model_dir}"
-    run_lism(
-        scenes["train"],
-        paired,
-        load_config(LismConfig, None, [matcher, "matcher.model.weights=", "matcher.crop_mode=squash"]),
-    )
+    matcher = f"matcher.model.name={start.model_dir}", "matcher.model.weights=", "matcher.crop_mode=squash"
+    run_lism(scenes["train"], paired, load_config(LismConfig, None, [*matcher, f"device={DEVICE}"]))
     runs = {
         "start": start,
         "global": fit("finetune.yaml", folder, seed, paired, str(start.model_dir), GLOBAL_ONLY),
         "goal": fit("finetune.yaml", folder, seed, paired, str(start.model_dir)),
     }
-    metrics = {name: evaluate(str(run.run_dir), scenes["test"], pairs=1) for name, run in runs.items()}
+    metrics = {name: evaluate(str(run.run_dir), scenes["test"], device=DEVICE, pairs=1) for name, run in runs.items()}
     write_report([str(run.run_dir) for run in runs.values()], str(folder / "report.html"))
     return {
         "seed": seed,

@@ -53,6 +53,13 @@ def test_demos_two_runs_differ_in_loss_weights_and_name_alone(made):
     assert weights == {"weight_local", "weight_tsl_image", "weight_tsl_text"}
 
 
+def test_demo_computes_on_the_cpu_also_where_the_cluster_has_a_gpu(made):
+    """One GPU has no room for its two workers."""
+    seed = made["out"] / "seed-0"
+    stored = [seed / "paired" / "config.yaml", *(seed / "runs" / name / "config.yaml" for name in demo.MODELS)]
+    assert {yaml.safe_load(path.read_text())["device"] for path in stored} == {"cpu"}
+
+
 @pytest.mark.slow
 def test_demo_run_again_trains_nothing_and_gives_the_same_numbers(made):
     weights = [path for path in made["out"].rglob("*.safetensors") if "checkpoints" in path.parts]
