@@ -134,6 +134,34 @@ def test_siglip_needs_a_logit_bias(tiny_clip):
         GoalModel(load(tiny_clip).clip, LossConfig(contrastive="siglip"), MEAN, STD)
 
 
+# Of pictures and of pairs; a rank may have none.
+ROWS = {"whole": (3, 2), "local": (0, 4)}
+INPUTS = ("left", "right", "scale", "bias")
+
+
+def contrast_inputs(rows: int) -> list[torch.Tensor]:
+    random = torch.Generator().manual_seed(rows)
+    left, right = (F.normalize(torch.randn(rows, 16, generator=random), dim=1) for _ in range(2))
+    return [each.requires_grad_() for each in (left, right, torch.tensor([2.0]), torch.tensor([-3.0]))]
+
+
+def contrast_on_rank(rank: int, kind: str) -> dict[str, dict[str, torch.Tensor]]:
+    """Means over ranks of each contrastive term and of its gradients."""
+    inputs = {name: contrast_inputs(sum(counts)) for name, counts in ROWS.items()}
+    own = [rows.split(counts)[rank] for name, counts in ROWS.items() for rows in inputs[name][:2]]
+    counts_R4 = torch.tensor([*ROWS.values(), (0, 0), (0, 0)]).T
+    *_, scale, bias = inputs["whole"]
+    terms_2 = contrastive_terms(Features(*own, scale, bias), counts_R4, kind)
+    found = {}
+    for name, term in zip(ROWS, terms_2, strict=True):
+        wanted = [*inputs[name][:2], scale, bias]
+        values = [term.detach(), *torch.autograd.grad(term, wanted, retain_graph=True)]
+        for value in values:
+            dist.all_reduce(value)
+        found[name] = dict(zip(("term", *INPUTS), (value / 2 for value in values), strict=True))
+    return found
+
+
 def run_rank(rank: int, folder: str, tiny_clip: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     loaded = load(tiny_clip)
@@ -144,14 +172,31 @@ def run_rank(rank: int, folder: str, tiny_clip: str) -> None:
         dist.all_reduce(gradient)
         averaged[name] = gradient / 2
     dist.all_reduce(terms)
+    contrasts = {kind: contrast_on_rank(rank, kind) for kind in ("clip", "siglip")}
     if rank == 0:
-        torch.save({"terms": terms.detach() / 2, "gradients": averaged}, os.path.join(folder, "result.pt"))
+        result = {"terms": terms.detach() / 2, "gradients": averaged, **contrasts}
+        torch.save(result, os.path.join(folder, "result.pt"))
     dist.destroy_process_group()
 
 
-def test_two_ranks_with_unequal_pairs_give_the_gradient_of_the_whole_batch(tiny_clip, tmp_path):
-    mp.spawn(run_rank, (str(tmp_path), tiny_clip), nprocs=2)
-    found = torch.load(tmp_path / "result.pt", weights_only=True)
+@pytest.fixture(scope="module")
+def on_two_ranks(tiny_clip, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(run_rank, (str(folder), tiny_clip), nprocs=2)
+    return torch.load(folder / "result.pt", weights_only=True)
+
+
+@pytest.mark.parametrize(("kind", "loss"), [("clip", ClipLoss()), ("siglip", SigLipLoss())])
+@pytest.mark.parametrize("name", ROWS)
+def test_ranks_with_rows_or_none_share_what_open_clip_computes_of_all(on_two_ranks, kind, loss, name):
+    left, right, scale, bias = inputs = contrast_inputs(sum(ROWS[name]))
+    whole = loss(left, right, scale.exp(), bias)
+    expected = dict(zip(("term", *INPUTS), (whole.detach(), *torch.autograd.grad(whole, inputs)), strict=True))
+    torch.testing.assert_close(on_two_ranks[kind][name], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_two_ranks_with_unequal_pairs_give_the_gradient_of_the_whole_batch(on_two_ranks, tiny_clip):
+    found = on_two_ranks
     loaded = load(tiny_clip)
     model = GoalModel(loaded.clip, LossConfig(), MEAN, STD).double()
     terms = model(random_batch(loaded.tokenizer, seed=7))
@@ -160,48 +205,6 @@ def test_two_ranks_with_unequal_pairs_give_the_gradient_of_the_whole_batch(tiny_
     for name, gradient in gradients(loaded.clip, terms.sum()).items():
         scale = gradient.abs().max().clamp(min=1e-3)
         assert ((found["gradients"][name] - gradient).abs().max() / scale) < 1e-4, name
-
-
-ROWS_PER_RANK = (3, 0, 2)
-
-
-def contrast_on_rank(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(ROWS_PER_RANK))
-    counts_R4 = torch.tensor(ROWS_PER_RANK)[:, None].repeat(1, 4)
-    for kind in ("clip", "siglip"):
-        inputs = contrast_inputs()
-        own = [rows.split(ROWS_PER_RANK)[rank] for rows in inputs[:2]]
-        terms_2 = contrastive_terms(Features(*own, *own, *inputs[2:]), counts_R4, kind)
-        found = {"terms": terms_2.detach()} | {
-            name: gradient.contiguous()
-            for name, gradient in zip(INPUTS, torch.autograd.grad(terms_2[0], inputs), strict=True)
-        }
-        for tensor in found.values():
-            dist.all_reduce(tensor)
-            tensor /= len(ROWS_PER_RANK)
-        if rank == 0:
-            torch.save(found, os.path.join(folder, f"{kind}.pt"))
-    dist.destroy_process_group()
-
-
-INPUTS = ("left", "right", "scale", "bias")
-
-
-def contrast_inputs() -> list[torch.Tensor]:
-    random = torch.Generator().manual_seed(5)
-    rows = [F.normalize(torch.randn(sum(ROWS_PER_RANK), 16, generator=random), dim=1) for _ in range(2)]
-    return [each.requires_grad_() for each in (*rows, torch.tensor([2.0]), torch.tensor([-3.0]))]
-
-
-def test_ranks_with_rows_or_none_share_what_open_clip_computes_of_all(tmp_path):
-    mp.spawn(contrast_on_rank, (str(tmp_path),), nprocs=len(ROWS_PER_RANK))
-    for kind, loss in (("clip", ClipLoss()), ("siglip", SigLipLoss())):
-        found = torch.load(tmp_path / f"{kind}.pt", weights_only=True)
-        left, right, scale, bias = inputs = contrast_inputs()
-        whole = loss(left, right, scale.exp(), bias)
-        torch.testing.assert_close(found["terms"], whole.detach().repeat(2))
-        for name, gradient in zip(INPUTS, torch.autograd.grad(whole, inputs), strict=True):
-            torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6, msg=f"{kind}: {name}")
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,14 @@
 """Log windows on one rank: means, speed, and losses that are not finite."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from goal_batches import load, random_batch
 
+from goal_ray.errors import StageError
 from goal_ray.goal_batch import count_batch
+from goal_ray.train import loop
 from goal_ray.train.feed import MicroBatch
 from goal_ray.train.window import LogWindow
 
@@ -48,3 +52,15 @@ def test_the_first_step_with_a_loss_that_is_not_finite_is_named(micro_batch, val
         window.add(step, broken if step in (3, 5) else torch.ones(4), micro_batch, flops=1)
     window.close({"step": 6}, WEIGHTS, 1.0)
     assert window.arrived(wait=True)["nonfinite_step"] == 3
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_ends_at_a_record_whose_loss_was_not_finite(rank, tmp_path, monkeypatch):
+    sent: list[dict] = []
+    monkeypatch.setattr(loop, "write_offenders", lambda *_: tmp_path / "nonfinite.json")
+    job = SimpleNamespace(send=sent.append)
+    loop.report(job, rank, {"step": 1, "nonfinite_step": None})
+    assert sent == [{"step": 1}][: 1 - rank]
+    with pytest.raises(StageError, match=r"the loss of step 4, .*nonfinite\.json"):
+        loop.report(job, rank, {"step": 8, "nonfinite_step": 3})
+    assert sent[-1] == {"nonfinite": 4}
