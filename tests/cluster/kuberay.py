@@ -1,6 +1,7 @@
 """The fields of KubeRay's RayCluster and RayJob (ray.io/v1) above the pod templates, as JSON Schema.
 
-Ours, from KubeRay's field reference: its published schemas are in no package registry.
+Ours, from KubeRay's field reference: its published schemas are in no package registry. Required is what any version
+requires.
 """
 
 from typing import Any
@@ -32,7 +33,7 @@ AUTOSCALER = fields(
     volumeMounts={"type": "array"},
 )
 HEAD = fields(
-    ("template",),
+    ("rayStartParams", "template"),
     template=ANY,
     rayStartParams=TEXTS,
     serviceType=TEXT,
@@ -42,7 +43,7 @@ HEAD = fields(
     labels=TEXTS,
 )
 WORKERS = fields(
-    ("groupName", "template"),
+    ("groupName", "minReplicas", "maxReplicas", "rayStartParams", "template"),
     groupName=TEXT,
     replicas=NUMBER,
     minReplicas=NUMBER,

@@ -101,6 +101,20 @@ def test_pods_have_no_rights_that_they_do_not_need(name):
                 assert container["resources"]["requests"] == container["resources"]["limits"]
 
 
+def test_pods_without_a_claim_to_a_gpu_see_none_and_count_none():
+    """The image asks for all GPUs, which a node with some gives to any pod."""
+    (cluster,) = [thing for thing in written() if thing["kind"] == "RayCluster"]
+    groups = [cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"]]
+    claims = []
+    for group in groups:
+        (container,) = group["template"]["spec"]["containers"]
+        claims.append("nvidia.com/gpu" in container["resources"]["limits"])
+        environment = {each["name"]: each["value"] for each in container["env"]}
+        assert (environment.get("NVIDIA_VISIBLE_DEVICES") == "void") is not claims[-1]
+        assert (group["rayStartParams"].get("num-gpus") == "0") is not claims[-1]
+    assert claims == [False, False, True, True]
+
+
 @with_kubectl
 @pytest.mark.parametrize("name", APPLIED)
 def test_a_node_that_is_told_to_end_drains_as_long_as_its_pod_may_live(name):
