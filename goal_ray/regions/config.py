@@ -86,7 +86,7 @@ class SamConfig:
     crop_overlap_ratio: how much crops overlap, as a share of the picture
     crop_n_points_downscale_factor: layer i has points_per_side divided by the i-th power of this
     min_mask_region_area: fill holes, and remove islands, of fewer pixels of the picture than this
-    precision: of the encoder and the decoder
+    precision: of the encoder and the decoder, but for its rating of the masks
     compile: torch.compile the encoder and the decoder's transformer: minutes at the start, faster afterwards
     """
 
@@ -140,7 +140,7 @@ class DetectorConfig:
     max_detections: the surest ones
     levels: cells per side of the regular division, as in grid, with score 0; [] gives detections alone
     images_per_batch: pictures per forward pass
-    precision: of the forward pass
+    precision: of the backbone, most of the arithmetic; boxes are computed in fp32
     """
 
     name: Literal["detector"] = "detector"
@@ -171,4 +171,5 @@ class DetectorConfig:
         find_checkpoint(self.checkpoint, DETECTOR_ADVICE)
 
 
+ON_CPU = FelzenszwalbConfig | GridConfig  # they compute there whatever the device
 ProposerConfig = Annotated[FelzenszwalbConfig | GridConfig | SamConfig | DetectorConfig, Field(discriminator="name")]

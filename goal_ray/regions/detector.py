@@ -11,7 +11,7 @@ from torchvision.models import get_model
 from torchvision.ops import FrozenBatchNorm2d, nms
 
 from goal_ray.errors import ModelError
-from goal_ray.precision import autocast
+from goal_ray.precision import Precision, autocast
 from goal_ray.regions.config import DetectorConfig, GridConfig
 from goal_ray.regions.grid import GridProposer
 from goal_ray.regions.protocol import Regions, all_from
@@ -26,10 +26,29 @@ WITHOUT_EPSILON = (
 )
 
 
+class Backbone(nn.Module):
+    """A detector's backbone in `precision`, its features in float32.
+
+    What follows computes boxes: bfloat16 counts pixels beyond 1024 in steps of 8, and float16 overflows in some heads.
+    """
+
+    def __init__(self, backbone: nn.Module, precision: Precision):
+        super().__init__()
+        self.backbone = backbone
+        self.precision = precision
+
+    def forward(self, pixels_B3HW: Tensor) -> dict[str, Tensor]:
+        """The feature maps, by their names."""
+        with autocast(pixels_B3HW.device, self.precision):
+            features = self.backbone(pixels_B3HW)
+        return {name: feature.float() for name, feature in features.items()}
+
+
 class DetectorProposer:
     """Regions of a loaded torchvision detector, on the device where it is; scores are the detector's."""
 
-    def __init__(self, model: nn.Module, config: DetectorConfig):
+    def __init__(self, model: Any, config: DetectorConfig):
+        model.backbone = Backbone(model.backbone, config.precision)
         self.model = model
         self.config = config
         self.grid = GridProposer(GridConfig(levels=config.levels)) if config.levels else None
@@ -49,9 +68,7 @@ class DetectorProposer:
         device = next(self.model.parameters()).device
         # A copy, since torch takes no read-only array, and what came through Ray is one.
         pixels = [torch.from_numpy(image.copy()).to(device).permute(2, 0, 1).float() / 255 for image in images]
-        with autocast(device, self.config.precision):
-            outputs = self.model(pixels)
-        return [self.thin(output["boxes"].float(), output["scores"].float()) for output in outputs]
+        return [self.thin(output["boxes"], output["scores"]) for output in self.model(pixels)]
 
     def thin(self, boxes_R4: Tensor, scores_R: Tensor) -> Regions:
         """The detections worth keeping."""

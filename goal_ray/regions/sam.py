@@ -73,7 +73,7 @@ class SamProposer:
         self.dtype = dtype(config.precision)
         self.points_per_batch = config.points_per_batch or (16 if sam.device.type == "cpu" else 64)
         sam.image_encoder.to(self.dtype, memory_format=torch.channels_last)
-        sam.mask_decoder.to(self.dtype)
+        sam.mask_decoder.to(self.dtype).iou_prediction_head.float()
         self.encode = torch.compile(sam.image_encoder) if config.compile else sam.image_encoder
         self.transform_tokens = torch.compile(two_way) if config.compile else two_way
         with torch.inference_mode():

@@ -48,7 +48,9 @@ def decode_points(
     no_mask_C = sam.prompt_encoder.no_mask_embed.weight[0].to(features_ICHW)
     image_INC = features_ICHW.flatten(2).transpose(1, 2) + no_mask_C
     tokens_QTC, image_QNC = transform(decoder.transformer, prompts_QTC, image_INC, pe_NC)
-    iou_QK = decoder.iou_prediction_head(tokens_QTC[:, 0])[:, 1:].float()
+    # The head may be in float32 though the rest is not: bfloat16 has so few ratings that thresholds and order see ties.
+    rater = decoder.iou_prediction_head
+    iou_QK = rater(tokens_QTC[:, 0].to(rater.layers[0].weight.dtype))[:, 1:].float()
     point_M, kind_M = (iou_QK > min_iou).nonzero(as_tuple=True)
     hyper_QKE = torch.stack(
         [head(tokens_QTC[:, 1 + kind]) for kind, head in enumerate(decoder.output_hypernetworks_mlps)][1:], dim=1

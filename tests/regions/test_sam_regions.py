@@ -184,6 +184,14 @@ def test_half_precision_finds_about_the_same(checkpoint, image, precision):
     assert iou.amax(1).min() > 0.7
 
 
+def test_half_precision_does_not_round_the_scores(checkpoint, image):
+    settings = {"points_per_side": 4, "box_nms_thresh": 1.0, "crop_nms_thresh": 1.0, "precision": "bf16"}
+    (regions,) = build_proposer(everything(checkpoint, **settings)).propose([image])
+    scores_R = torch.from_numpy(regions.scores)
+    assert len(scores_R) > 20
+    assert (scores_R.bfloat16().float() == scores_R).float().mean() < 0.1
+
+
 def test_mobile_sam_agrees_with_the_official_generator_on_photographs(shared):
     weights = shared / "weights" / "mobile_sam_fp16.safetensors"
     both = generators(SamConfig(checkpoint=weights, points_per_side=6), "cpu")
