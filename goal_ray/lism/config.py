@@ -6,6 +6,7 @@ from typing import Literal
 from goal_ray.config import check_custom_resources, strict
 from goal_ray.precision import Precision
 from goal_ray.regions import FelzenszwalbConfig, ProposerConfig
+from goal_ray.regions.config import ON_CPU
 from goal_ray.settings import ModelConfig
 
 
@@ -61,7 +62,7 @@ class LismConfig:
     matcher_actors: least and most matcher actors
     fused: both models in every actor, which then hands no picture on; proposer_actors counts them
     device: auto takes GPUs where the cluster has them now; say cuda where it first has to start nodes with them
-    gpus_per_actor: share of a GPU that each actor holds
+    gpus_per_actor: share of a GPU, and of its memory, that each actor holds; proposers that compute on CPUs hold none
     actor_resources: custom Ray resources that each actor holds besides, such as {lism: 1}: it goes to nodes that have
         them, and an autoscaler starts those
     max_bad_share: the run fails when more than this share of the samples is quarantined
@@ -99,8 +100,8 @@ class LismConfig:
             raise ValueError("readers must be at least 1, or null")
         if self.max_seconds_per_image <= 0:
             raise ValueError("max_seconds_per_image must be more than 0")
-        if self.gpus_per_actor <= 0:
-            raise ValueError("gpus_per_actor must be more than 0; to use no GPU, set device=cpu")
+        if not 0 < self.gpus_per_actor <= 1:
+            raise ValueError("gpus_per_actor must be more than 0 and at most 1; to use no GPU, set device=cpu")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError("max_bad_share must be between 0 and 1")
         check_custom_resources("actor_resources", self.actor_resources)
@@ -109,3 +110,13 @@ class LismConfig:
     def least_actors(self) -> int:
         """How many actors the run cannot do without."""
         return self.proposer_actors[0] + (0 if self.fused else self.matcher_actors[0])
+
+    @property
+    def proposes_on_cpu(self) -> bool:
+        """Whether proposer actors have no use for a GPU; fused ones also match."""
+        return isinstance(self.proposer, ON_CPU) and not self.fused
+
+    @property
+    def least_gpu_actors(self) -> int:
+        """How many of `least_actors` compute on GPUs, in a run on GPUs."""
+        return self.matcher_actors[0] if self.proposes_on_cpu else self.least_actors

@@ -7,7 +7,8 @@ OUT/done/NAME.json         counts of a finished shard, written last: a shard wit
 OUT/lism.json              the summary
 OUT/gallery.html           the summary as a page, with pictures
 
-All but the summary, its page, and the seconds of work in `done` is the same bytes in every run with the same settings.
+All but the summary, its page, and the seconds of work in `done` is the same bytes in every run with the same settings
+on devices of one kind: others round otherwise, and so does one with too little memory for a group of pictures.
 """
 
 import io

@@ -2,14 +2,15 @@
 
 What travels is a group: a few consecutive samples of one shard, as one row of the dataset and one block of its own.
 Which samples are batched together therefore depends on the shard alone, not on actors, timing or an earlier
-interruption, and so do the last digits of floats; and a group is small enough to bound the memory of every stage.
+interruption, and so do the last digits of floats, on devices of one kind with memory enough for a group; and a group is
+small enough to bound the memory of every stage.
 """
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from goal_ray.errors import StageError
 from goal_ray.lism.config import LismConfig
@@ -22,6 +23,32 @@ from goal_ray.ray_session import quiet_ray_data
 
 class WorkerLost(StageError):
     """A process of the pipeline died: killed for memory, crashed in native code, gone with its node."""
+
+
+class ActorPool(NamedTuple):
+    """Actors of one kind: their stages, in order, the least and most of them, and what each holds, for Ray."""
+
+    stages: list[Callable[[], StageWorker]]
+    least: int
+    most: int
+    resources: dict[str, float]
+
+
+def actor_pools(config: LismConfig, provenance: dict[str, Any], use_gpu: bool, strikes: AnyStrikes) -> list[ActorPool]:
+    """The pools that groups pass after reading. No actor holds a share of a GPU that it does not compute on."""
+    on_cpu = "cpu", {"num_cpus": 1.0}
+    on_best = ("cuda", {"num_gpus": config.gpus_per_actor}) if use_gpu else on_cpu
+    propose_device, propose_resources = on_cpu if config.proposes_on_cpu else on_best
+    match_device, match_resources = on_best
+    limit_s = config.max_seconds_per_image
+    propose = partial(StageWorker, "propose", partial(ProposeRegions, config, propose_device), limit_s, strikes)
+    match = partial(StageWorker, "match", partial(MatchSentences, config, provenance, match_device), limit_s, strikes)
+    if config.fused:
+        return [ActorPool([propose, match], *config.proposer_actors, match_resources)]
+    return [
+        ActorPool([propose], *config.proposer_actors, propose_resources),
+        ActorPool([match], *config.matcher_actors, match_resources),
+    ]
 
 
 def stream_groups(
@@ -44,8 +71,6 @@ def stream_groups(
 
     quiet_ray_data(preserve_order=False)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it would say is in the StageError
-    device = "cuda" if use_gpu else "cpu"
-    resources: dict[str, Any] = {"num_gpus": config.gpus_per_actor} if use_gpu else {"num_cpus": 1}
     # Ray Data starts dead actors and tasks again without end; `Strikes` ends that for a sample that kills each of them.
     strikes = SharedStrikes.start()
     items = [{"shard": number, "url": url} for number, url in enumerate(shards)]
@@ -57,15 +82,14 @@ def stream_groups(
         warnings.simplefilter("ignore", RayDeprecationWarning)
         # The default, said, since Ray Data would read inside the first actors if all options were the same.
         groups = groups.flat_map(reader, compute=TaskPoolStrategy(config.readers), max_retries=-1)
-    limit_s = config.max_seconds_per_image
-    propose = partial(StageWorker, "propose", partial(ProposeRegions, config, device), limit_s, strikes)
-    match = partial(StageWorker, "match", partial(MatchSentences, config, provenance, device), limit_s, strikes)
-    apart = [([propose], config.proposer_actors), ([match], config.matcher_actors)]
     dataset = groups
-    for stages, (least, most) in [([propose, match], config.proposer_actors)] if config.fused else apart:
-        pool = ActorPoolStrategy(min_size=least, max_size=most)
+    for pool in actor_pools(config, provenance, use_gpu, strikes):
         dataset = dataset.map(
-            StageActor, fn_constructor_args=stages, compute=pool, resources=config.actor_resources or None, **resources
+            StageActor,
+            fn_constructor_args=pool.stages,
+            compute=ActorPoolStrategy(min_size=pool.least, max_size=pool.most),
+            resources=config.actor_resources or None,
+            **pool.resources,
         )
     dataset.context.target_max_block_size = 1  # every row fills a block
     try:

@@ -106,7 +106,9 @@ def choose_gpu(config: LismConfig) -> bool:
     on_gpu = config.device == "cuda" or (config.device == "auto" and have.get("GPU", 0) > 0)
     actors = config.least_actors
     reading = 1
-    needed = {"GPU": actors * config.gpus_per_actor, "CPU": reading} if on_gpu else {"CPU": actors + reading}
+    needed: dict[str, float] = {"CPU": actors + reading}  # Ray Data gives a CPU to actors on GPUs too
+    if on_gpu:
+        needed["GPU"] = config.least_gpu_actors * config.gpus_per_actor
     needed |= {name: actors * amount for name, amount in config.actor_resources.items()}
     for name, amount in needed.items():
         if have.get(name, 0) < amount:

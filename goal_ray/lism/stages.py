@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from goal_ray.lism import gpu
 from goal_ray.lism.config import LismConfig
 from goal_ray.lism.groups import Group, Item, describe
 from goal_ray.lism.strikes import GROUP_DEATHS, START_DEATHS, AnyStrikes, fatal
@@ -50,12 +51,16 @@ class StageWorker:
         self.strikes = strikes
         self.failure = ""
         start = f"start to {stage}", strikes.place
+        fatal_before = strikes.begin(*start)
         try:
-            if strikes.begin(*start) > START_DEATHS:
+            if fatal_before > START_DEATHS:
                 raise fatal()
             self.work = build()
         except Exception as error:
-            self.failure = f"cannot start to {stage}: {describe(error)}"
+            # Such as a GPU that another process fills: no reason to end the run, in which other actors may work well.
+            if gpu.is_gpu_error(error) and fatal_before < START_DEATHS:
+                gpu.end_process(f"cannot start to {stage}: {describe(error)}")
+            self.failure = f"cannot start to {stage}: {gpu.explained(error)}"
         strikes.end(*start)
 
     def __call__(self, group: Group) -> Group:
@@ -70,19 +75,13 @@ class StageWorker:
         return replace(group, items=items, work=work)
 
     def apply(self, shard: int, items: list[Item]) -> list[Item]:
-        """The stage's work on all items; where that fails or was fatal, on one after the other, to find the culprit.
-
-        This is the one place that catches everything: a sample that breaks a model must not break the run.
-        """
+        """The stage's work on all items; where that was fatal, on one after the other, to find the culprit."""
         work = self.stage, shard, items[0].number
         fatal_before = self.strikes.begin(*work)
         try:
             if fatal_before >= GROUP_DEATHS:
                 return [self.apply_alone(shard, item) for item in items]
-            try:
-                return run_within(self.limit_s * len(items), partial(self.work, items))
-            except Exception:
-                return [self.apply_to_one(item) for item in items]
+            return self.apply_to(items)
         finally:
             self.strikes.end(*work)
 
@@ -90,16 +89,28 @@ class StageWorker:
         """The stage's work on an item of a group that was fatal: registered, and left out where it is the culprit."""
         work = f"{self.stage} alone", shard, item.number
         fatal_before = self.strikes.begin(*work)
-        done = item.failed(self.stage, fatal()) if fatal_before else self.apply_to_one(item)
+        done = item.failed(self.stage, fatal()) if fatal_before else self.apply_to([item])[0]
         self.strikes.end(*work)
         return done
 
-    def apply_to_one(self, item: Item) -> Item:
-        """The stage's work on one item."""
+    def apply_to(self, items: list[Item]) -> list[Item]:
+        """The stage's work on items; where it fails, on fewer of them, down to the one to leave out.
+
+        This is the one place that catches everything: a sample that breaks a model must not break the run. Nor must
+        one too large for the GPU's memory: an error of the run would come back each time that it is tried again, while
+        the quarantine says what to change, and `--retry-quarantined` does it then.
+        """
         try:
-            return run_within(self.limit_s, partial(self.work, [item]))[0]
+            return run_within(self.limit_s * len(items), partial(self.work, items))
         except Exception as error:
-            return item.failed(self.stage, error)
+            problem = gpu.explained(error)
+            fewer = (len(items) + 1) // 2 if gpu.is_out_of_memory(error) else 1
+        # Out here, since the error's traceback holds all tensors of the failed attempt.
+        gpu.recover(self.limit_s)
+        if len(items) == 1:
+            return [items[0].failed(self.stage, problem)]
+        parts = (items[start : start + fewer] for start in range(0, len(items), fewer))
+        return [done for part in parts for done in self.apply_to(part)]
 
 
 class ProposeRegions:
@@ -109,6 +120,7 @@ class ProposeRegions:
         # `usable` takes it: loaded here, its seconds are no picture's, in the summary or against the limit.
         import torchvision.ops  # noqa: F401
 
+        gpu.limit_memory(device, config.gpus_per_actor)
         self.limits = config.min_area, config.max_area
         self.proposer = build_proposer(config.proposer, device)
 
@@ -128,6 +140,7 @@ class MatchSentences:
         # Here, where the model lives: the driver and the proposers have no use for open_clip.
         from goal_ray.lism.matching import Matcher
 
+        gpu.limit_memory(device, config.gpus_per_actor)
         self.provenance = provenance
         self.matcher = Matcher(config.matcher, device)
 

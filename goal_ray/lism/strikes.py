@@ -78,7 +78,7 @@ AnyStrikes = Strikes | SharedStrikes
 
 def fatal() -> StageError:
     """Why a sample that was fatal alone cannot be used."""
-    return StageError("its worker died each time: killed for memory, crashed or stuck in native code")
+    return StageError("its worker died each time: killed for memory, its GPU lost, crashed or stuck in native code")
 
 
 class ReadingWatch:

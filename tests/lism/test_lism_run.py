@@ -280,8 +280,8 @@ def test_sam_from_the_command_line_goes_on_after_a_failed_write(tiny_clip, tmp_p
 @pytest.mark.usefixtures("cluster")
 def test_gpus_that_the_cluster_lacks_are_refused(tiny_clip, tmp_path):
     write_members(tmp_path / "a.tar", good("x"))
-    config = settings(tiny_clip, "device=cuda", "gpus_per_actor=100")
-    with pytest.raises(StageError, match=r"need 200 GPUs.*gpus_per_actor or device"):
+    config = settings(tiny_clip, "device=cuda", "matcher_actors=[3,3]", "gpus_per_actor=1")
+    with pytest.raises(StageError, match=r"need 3 GPUs.*gpus_per_actor or device"):
         run_lism(str(tmp_path / "a.tar"), str(tmp_path / "out"), config)
 
 
@@ -311,6 +311,7 @@ class TestRefusedBeforeRayStarts:
             ("matcher_actors=[2,1]", "matcher_actors must be"),
             ("images_per_batch=0", "images_per_batch must be at least 1"),
             ("gpus_per_actor=0", "gpus_per_actor must be"),
+            ("gpus_per_actor=2", "gpus_per_actor must be more than 0 and at most 1"),
             ("max_bad_share=2", "max_bad_share"),
         ],
     )

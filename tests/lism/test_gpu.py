@@ -1,0 +1,206 @@
+"""What actors do when their GPU is full or lost, without one: the errors are made up, and so is the GPU's answer."""
+
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+
+from goal_ray.config import load_config
+from goal_ray.errors import StageError
+from goal_ray.lism import gpu, run, stages
+from goal_ray.lism.config import LismConfig
+from goal_ray.lism.groups import Group, Item
+from goal_ray.lism.pipeline import actor_pools
+from goal_ray.lism.run import choose_gpu
+from goal_ray.lism.stages import MatchSentences, ProposeRegions, StageWorker
+from goal_ray.lism.strikes import START_DEATHS, Strikes
+
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore lines.")
+LOST = "CUDA error: an illegal memory access was encountered"
+PRELUDE = f"""
+import torch
+from goal_ray.lism.groups import Group, Item
+from goal_ray.lism.stages import StageWorker
+from goal_ray.lism.strikes import Strikes
+
+class Told(Strikes):
+    def begin(self, *work):
+        print("began", *work, flush=True)
+        return super().begin(*work)
+
+    def end(self, *work):
+        print("ended", *work, flush=True)
+
+def lose(*_):
+    raise torch.AcceleratorError("{LOST}")
+"""
+
+
+def group(size: int) -> Group:
+    return Group(0, [Item(number, "key") for number in range(size)])
+
+
+def run_python(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", PRELUDE + code], capture_output=True, text=True, check=False)
+
+
+class FillsTheGpu:
+    """A stage whose GPU has room for so many items; notes the sizes of its attempts."""
+
+    def __init__(self, room: int, too_large: tuple[int, ...] = ()):
+        self.room = room
+        self.too_large = too_large
+        self.sizes: list[int] = []
+
+    def __call__(self, items: list[Item]) -> list[Item]:
+        self.sizes.append(len(items))
+        if len(items) > self.room or any(item.number in self.too_large for item in items):
+            raise FULL
+        return items
+
+
+def test_a_group_too_large_for_the_gpu_is_halved_until_it_fits():
+    stage = FillsTheGpu(room=3)
+    after = StageWorker("match", lambda: stage, 60, Strikes())(group(10))
+    assert stage.sizes == [10, 5, 3, 2, 5, 3, 2]
+    assert [item.number for item in after.items] == list(range(10))
+    assert all(item.problem is None for item in after.items)
+
+
+def test_a_picture_too_large_for_the_gpu_is_quarantined_with_the_settings_to_change():
+    after = StageWorker("match", lambda: FillsTheGpu(room=9, too_large=(2,)), 60, Strikes())(group(4))
+    assert [item.problem is None for item in after.items] == [True, True, False, True]
+    reason = after.items[2].problem.reason
+    assert reason.startswith("out of GPU memory (CUDA out of memory. Tried to allocate 2 GiB.): raise gpus_per_actor")
+    assert "matcher.batch" in reason
+
+
+@pytest.mark.parametrize("error", [FULL, RuntimeError("no")])
+def test_what_a_failed_attempt_held_is_free_before_the_next_one(error):
+    class Tensor:
+        pass
+
+    held: list[weakref.ref] = []
+
+    def work(items):
+        assert all(tensor() is None for tensor in held)
+        tensor = Tensor()
+        held.append(weakref.ref(tensor))
+        if len(items) > 1:
+            raise type(error)(str(error))
+        return items
+
+    after = StageWorker("match", lambda: work, 60, Strikes())(group(4))
+    assert [item.problem for item in after.items] == [None] * 4
+    assert len(held) == (7 if error is FULL else 5)
+
+
+def test_memory_is_given_back_before_the_next_attempt(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("wait"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("give back"))
+
+    def work(items):
+        calls.append(len(items))
+        if len(items) > 1:
+            raise FULL
+        return items
+
+    StageWorker("match", lambda: work, 60, Strikes())(group(2))
+    assert calls == [2, "wait", "give back", 1, 1]
+
+
+def test_an_actor_whose_gpu_is_lost_dies_with_its_work_begun_and_blames_no_picture():
+    ended = run_python("""
+torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, lose
+StageWorker("match", lambda: lose, 60, Told())(Group(0, [Item(0, "a"), Item(1, "b")]))
+print("went on")
+""")
+    assert ended.returncode == 1
+    assert ended.stdout.splitlines()[2:] == ["began match 0 0"]
+    assert f"the GPU is lost: AcceleratorError: {LOST}; starting again" in ended.stderr
+
+
+def test_an_actor_whose_model_does_not_fit_starts_again():
+    ended = run_python("""
+def build():
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+StageWorker("match", build, 60, Told())
+print("went on")
+""")
+    assert (ended.returncode, ended.stdout.split()) == (1, ["began", "start", "to", "match"])
+    assert "cannot start to match: OutOfMemoryError: CUDA out of memory.; starting again" in ended.stderr
+
+
+def test_a_model_that_fits_at_no_start_ends_the_run_with_the_settings_to_change():
+    def build():
+        raise FULL
+
+    strikes = Strikes()
+    for _ in range(START_DEATHS):
+        strikes.begin("start to match", strikes.place)
+    after = StageWorker("match", build, 60, strikes)(group(1))
+    assert after.failure == (
+        f"cannot start to match: out of GPU memory (CUDA out of memory. Tried to allocate 2 GiB.): {gpu.MORE_MEMORY}"
+    )
+
+
+@pytest.mark.parametrize(("device", "limits"), [("cuda", [0.25]), ("cpu", [])])
+def test_an_actor_keeps_to_its_share_of_the_gpu_from_before_its_model_loads(monkeypatch, device, limits):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", calls.append)
+    monkeypatch.setattr(stages, "build_proposer", lambda *_: calls.append("proposer"))
+    monkeypatch.setattr("goal_ray.lism.matching.Matcher", lambda *_: calls.append("matcher"))
+    config = load_config(LismConfig, overrides=["proposer.name=grid", "gpus_per_actor=0.25"])
+    ProposeRegions(config, device)
+    MatchSentences(config, {}, device)
+    assert calls == [*limits, "proposer", *limits, "matcher"]
+
+
+ONE_GPU, ONE_CPU = {"num_gpus": 1.0}, {"num_cpus": 1.0}
+DETECTOR = ("proposer.name=detector", "proposer.model=ssdlite320_mobilenet_v3_large", "proposer.checkpoint=none.pth")
+
+
+def settings(*overrides: str) -> LismConfig:
+    fixed = "gpus_per_actor=1", "proposer_actors=[2,3]", "matcher_actors=[4,5]"
+    return load_config(LismConfig, overrides=[*fixed, *overrides])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "use_gpu", "pools"),
+    [
+        (DETECTOR, True, [(2, 3, ONE_GPU), (4, 5, ONE_GPU)]),
+        (("proposer.name=grid",), True, [(2, 3, ONE_CPU), (4, 5, ONE_GPU)]),
+        (("proposer.name=felzenszwalb",), True, [(2, 3, ONE_CPU), (4, 5, ONE_GPU)]),
+        (("proposer.name=grid", "fused=true"), True, [(2, 3, ONE_GPU)]),
+        (DETECTOR, False, [(2, 3, ONE_CPU), (4, 5, ONE_CPU)]),
+    ],
+)
+def test_actors_hold_a_share_of_a_gpu_where_they_compute_on_one(overrides, use_gpu, pools):
+    found = actor_pools(settings(*overrides), {}, use_gpu, Strikes())
+    assert [pool[1:] for pool in found] == pools
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cpus", "gpus"),
+    [
+        (DETECTOR, 7, 6),
+        (("proposer.name=grid",), 7, 4),
+        (("proposer.name=grid", "fused=true"), 3, 2),
+    ],
+)
+def test_a_run_on_gpus_needs_those_of_its_actors_and_a_cpu_for_each_actor_and_for_reading(
+    monkeypatch, overrides, cpus, gpus
+):
+    monkeypatch.setattr(run, "is_joined", lambda: False)
+    for lacking in ("CPU", "GPU", None):
+        have = {"CPU": cpus - (lacking == "CPU"), "GPU": gpus - (lacking == "GPU")}
+        monkeypatch.setattr("ray.cluster_resources", lambda have=have: have)
+        if lacking is None:
+            assert choose_gpu(settings(*overrides)) is True
+            continue
+        with pytest.raises(StageError, match=f"need .* {lacking}s, and the cluster has"):
+            choose_gpu(settings(*overrides))
