@@ -47,7 +47,7 @@ def contrastive_terms(features: Features, counts_R4: Tensor, kind: str) -> Tenso
     kind       "clip" or "siglip"
     """
     images, pairs = counts_R4[:, 0].tolist(), counts_R4[:, 1].tolist()
-    scale = _AtMost.apply(features.logit_scale, MAX_LOGIT_SCALE).exp()
+    scale = _AtMost.apply(features.logit_scale, MAX_LOGIT_SCALE, len(counts_R4)).exp()
 
     def contrast(left_BE: Tensor, right_BE: Tensor, counts: Sequence[int]) -> Tensor:
         if sum(counts) == 0:
@@ -259,17 +259,21 @@ def gather_counts(counts_C: Tensor) -> Tensor:
 
 class _AtMost(torch.autograd.Function):
     """A value limited from above, whose gradient may still lower it: under a plain clamp a parameter that an optimizer
-    carried past the limit has none, and stays there."""
+    carried past the limit has none, and stays there. Which way the gradient points, only the mean over ranks tells."""
 
     @staticmethod
-    def forward(ctx, value: Tensor, limit: float) -> Tensor:
+    def forward(ctx, value: Tensor, limit: float, ranks: int) -> Tensor:
+        ctx.ranks = ranks
         ctx.save_for_backward(value > limit)
         return value.clamp(max=limit)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         (beyond,) = ctx.saved_tensors
-        return gradient.masked_fill(beyond & (gradient < 0), 0.0), None
+        if ctx.ranks > 1:
+            gradient = gradient / ctx.ranks
+            dist.all_reduce(gradient)
+        return gradient.masked_fill(beyond & (gradient < 0), 0.0), None, None
 
 
 class _GatherRows(torch.autograd.Function):

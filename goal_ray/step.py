@@ -14,7 +14,7 @@ from goal_ray.model import image_tower, text_tower
 from goal_ray.settings import StepConfig
 
 # All blocks share one piece of code, and with it what Dynamo counts: two towers, with and without gradients, of a first
-# shape, of any shape and of a batch of 1. Past the limit, which is 8 by default, it computes uncompiled.
+# shape, of any shape and of a batch of 1. Past its limit, 8 by default, it computes uncompiled.
 RECOMPILE_LIMIT = 32
 
 
@@ -41,6 +41,8 @@ class FusedAttention(nn.MultiheadAttention):
 def prepare_step(clip: nn.Module, config: StepConfig) -> None:
     """Sets a CLIP up to compute as configured, in place; its parameters keep their names and values."""
     visual, text = image_tower(clip), text_tower(clip)
+    if config.compile:
+        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     for transformer, mask in ((visual.transformer, None), (text.transformer, text.attn_mask)):
         transformer.grad_checkpointing = config.checkpoint_activations
         for block in transformer.resblocks:
@@ -48,7 +50,7 @@ def prepare_step(clip: nn.Module, config: StepConfig) -> None:
                 block.attn.__class__ = FusedAttention
                 block.attn.causal = mask is not None and is_causal(mask)
             if config.compile:
-                block.compile(recompile_limit=RECOMPILE_LIMIT)
+                block.compile()
     if config.channels_last:
         # The pictures alone: cuDNN then reads the small weight as it likes, and DeepSpeed sends no weight but in NCHW.
         visual.conv1.register_forward_pre_hook(

@@ -1,6 +1,7 @@
 """The GOAL loss against an independent float64 computation, alone and over ranks."""
 
 import os
+from itertools import product
 
 import pytest
 import torch
@@ -139,15 +140,20 @@ ROWS = {"whole": (3, 2), "local": (0, 4)}
 INPUTS = ("left", "right", "scale", "bias")
 
 
-def contrast_inputs(rows: int) -> list[torch.Tensor]:
-    random = torch.Generator().manual_seed(rows)
-    left, right = (F.normalize(torch.randn(rows, 16, generator=random), dim=1) for _ in range(2))
-    return [each.requires_grad_() for each in (left, right, torch.tensor([2.0]), torch.tensor([-3.0]))]
+SCALES = {"within": 2.0, "beyond": MAX_LOGIT_SCALE + 0.5}
 
 
-def contrast_on_rank(rank: int, kind: str) -> dict[str, dict[str, torch.Tensor]]:
+def contrast_inputs(rows: int, scale: float) -> list[torch.Tensor]:
+    """Rows that hardly differ. The second half matches and wants a larger scale, the first, mirrored, a smaller."""
+    noise_ME = 0.1 * torch.randn(rows, 16, generator=torch.Generator().manual_seed(rows))
+    sign_M1 = torch.where(torch.arange(rows) < (rows + 1) // 2, -1, 1)[:, None]
+    left, right = (F.normalize(1 + each, dim=1) for each in (noise_ME, sign_M1 * noise_ME))
+    return [each.requires_grad_() for each in (left, right, torch.tensor([scale]), torch.tensor([-3.0]))]
+
+
+def contrast_on_rank(rank: int, kind: str, scale_is: str) -> dict[str, dict[str, torch.Tensor]]:
     """Means over ranks of each contrastive term and of its gradients."""
-    inputs = {name: contrast_inputs(sum(counts)) for name, counts in ROWS.items()}
+    inputs = {name: contrast_inputs(sum(counts), SCALES[scale_is]) for name, counts in ROWS.items()}
     own = [rows.split(counts)[rank] for name, counts in ROWS.items() for rows in inputs[name][:2]]
     counts_R4 = torch.tensor([*ROWS.values(), (0, 0), (0, 0)]).T
     *_, scale, bias = inputs["whole"]
@@ -172,7 +178,10 @@ def run_rank(rank: int, folder: str, tiny_clip: str) -> None:
         dist.all_reduce(gradient)
         averaged[name] = gradient / 2
     dist.all_reduce(terms)
-    contrasts = {kind: contrast_on_rank(rank, kind) for kind in ("clip", "siglip")}
+    contrasts = {
+        f"{kind} {scale_is}": contrast_on_rank(rank, kind, scale_is)
+        for kind, scale_is in product(("clip", "siglip"), SCALES)
+    }
     if rank == 0:
         result = {"terms": terms.detach() / 2, "gradients": averaged, **contrasts}
         torch.save(result, os.path.join(folder, "result.pt"))
@@ -188,11 +197,15 @@ def on_two_ranks(tiny_clip, tmp_path_factory):
 
 @pytest.mark.parametrize(("kind", "loss"), [("clip", ClipLoss()), ("siglip", SigLipLoss())])
 @pytest.mark.parametrize("name", ROWS)
-def test_ranks_with_rows_or_none_share_what_open_clip_computes_of_all(on_two_ranks, kind, loss, name):
-    left, right, scale, bias = inputs = contrast_inputs(sum(ROWS[name]))
+@pytest.mark.parametrize("scale_is", SCALES)
+def test_ranks_with_rows_or_none_share_what_open_clip_computes_of_all(on_two_ranks, kind, loss, name, scale_is):
+    left, right, scale, bias = contrast_inputs(sum(ROWS[name]), min(SCALES[scale_is], MAX_LOGIT_SCALE))
     whole = loss(left, right, scale.exp(), bias)
-    expected = dict(zip(("term", *INPUTS), (whole.detach(), *torch.autograd.grad(whole, inputs)), strict=True))
-    torch.testing.assert_close(on_two_ranks[kind][name], expected, rtol=1e-5, atol=1e-6)
+    gradients = list(torch.autograd.grad(whole, [left, right, scale, bias]))
+    if scale_is == "beyond":
+        gradients[2] = gradients[2].clamp(min=0)
+    expected = dict(zip(("term", *INPUTS), (whole.detach(), *gradients), strict=True))
+    torch.testing.assert_close(on_two_ranks[f"{kind} {scale_is}"][name], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_two_ranks_with_unequal_pairs_give_the_gradient_of_the_whole_batch(on_two_ranks, tiny_clip):

@@ -7,11 +7,11 @@ from itertools import islice
 from pathlib import Path
 
 from goal_ray.cli import parser, run_main
-from goal_ray.errors import StageError
+from goal_ray.errors import ConfigError, StageError
 from goal_ray.pages.pictures import Line, Picture, draw_picture
 from goal_ray.pages.render import render_page
 from goal_ray.shard_urls import expand_shards
-from goal_ray.tars import stream_samples
+from goal_ray.tars import PAIRS_EXTENSION, stream_samples
 
 DESCRIPTION = """Draw the first samples of paired tars as an SVG that loads nothing: each picture with its regions, and
 beside it its sentences, with the similarity to their region."""
@@ -45,10 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command.prog = "python -m goal_ray.demo.figure"
     command.add_argument("--samples", type=int, default=2, help="how many (default: %(default)s)")
     options = command.parse_args(arguments)
+    if options.samples < 1:
+        raise ConfigError(f"--samples must be at least 1, not {options.samples}")
     url = expand_shards(options.paired)[0]
-    pictures = [draw_picture(sample, url) for sample in islice(stream_samples(url), options.samples)]
-    if not pictures:
-        raise StageError(f"{url}: no sample to draw; give paired tars that hold some, and at least 1 for --samples")
+    samples = [each for each in islice(stream_samples(url), options.samples) if PAIRS_EXTENSION in each.members]
+    if not samples:
+        raise StageError(f"{url}: no pairs in its first samples; give tars that `goal-ray lism` wrote")
+    pictures = [draw_picture(sample, url) for sample in samples]
     Path(options.out).write_bytes(draw_figure(pictures))
 
 

@@ -112,7 +112,7 @@ def choose_gpu(config: LismConfig) -> bool:
     needed |= {name: actors * amount for name, amount in config.actor_resources.items()}
     for name, amount in needed.items():
         if have.get(name, 0) < amount:
-            problem = f"{actors} actors and reading need {amount:g} {name}s, and the cluster has {have.get(name, 0):g}"
+            problem = f"the actors and reading need {amount:g} {name}s, and the cluster has {have.get(name, 0):g}"
             if not is_joined():
                 raise StageError(
                     f"{problem}; change actor_resources, proposer_actors, matcher_actors, gpus_per_actor or device"

@@ -36,7 +36,7 @@ def settings(run: RunRecords) -> dict[str, str]:
         "learning rate": f"{config.optimizer.lr:g}, warmup {config.optimizer.warmup_steps} steps, then cosine",
         "weight decay": f"{config.optimizer.weight_decay:g}",
         "precision": config.precision,
-        "ZeRO stage": str(config.zero_stage),
+        "ZeRO stage": f"{config.zero_stage} (0 for one worker)" if config.zero_stage else "0",
         "seed": str(config.seed),
         "time": f"{last['seconds']:.0f} s" if last else "–",
     }

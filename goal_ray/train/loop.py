@@ -68,10 +68,11 @@ def train_worker(job: Job, rank: int, ranks: int, device: torch.device) -> None:
         run_steps(job, rank, ranks, device)
     except torch.OutOfMemoryError as error:
         config = job.config
+        shard = "a higher zero_stage, " if ranks > 1 else ""
         raise StageError(
             f"out of GPU memory on rank {rank} ({str(error).splitlines()[0]}); with batch_per_worker="
-            f"{config.batch_per_worker}: set `chunk` below it, step.checkpoint_activations=true, a higher zero_stage "
-            "or offload=optimizer, or lower batch_per_worker, then go on with --resume"
+            f"{config.batch_per_worker}: set `chunk` below it, step.checkpoint_activations=true, {shard}"
+            "offload=optimizer, or lower batch_per_worker, then go on with --resume"
         ) from None
 
 
@@ -204,7 +205,8 @@ def report(job: Job, rank: int, record: dict[str, Any] | None) -> None:
 def nonfinite(job: Job, step: int) -> StageError:
     """What ends the run after step `step`, from 0; tells the driver, and writes the samples that may be the cause.
 
-    DeepSpeed leaves out an update whose gradient is not finite, and would go on.
+    At stages 1 to 3 DeepSpeed leaves out an update whose gradient is not finite, and would go on; at stage 0 it is
+    made, and the next loss shows it.
     """
     place = write_offenders(job, step)
     job.send({"nonfinite": step + 1})

@@ -19,7 +19,7 @@ from goal_ray.ray_session import is_joined, keep_ray_data_here, quiet_ray_data, 
 from goal_ray.settings import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
 from goal_ray.shard_urls import expand_shards, shard_name
 from goal_ray.storage import write_bytes
-from goal_ray.train.attempts import Attempts, cluster_resources, lacking
+from goal_ray.train.attempts import Attempts, cluster_resources, lacking, most_workers
 from goal_ray.train.checkpoint import checkpoint_folders, newest_intact, prune_checkpoints, remove_partial, step_of
 from goal_ray.train.config import TrainConfig
 from goal_ray.train.cost import COST_FILE, Cost
@@ -296,14 +296,13 @@ def check_backend(config: TrainConfig, use_gpu: bool) -> None:
 
 def check_evaluation(config: TrainConfig, use_gpu: bool) -> None:
     """Raises StageError where a private cluster lacks what an evaluation needs beside the workers: it would wait."""
-    import ray
-
     wanted = config.evaluation
     if wanted.shards is None or is_joined():  # a cluster that was joined may grow
         return
-    (room,) = (node["Resources"] for node in ray.nodes() if node["Alive"])
-    cpus = room.get("CPU", 0)
-    gpus = room.get("GPU", 0) - (config.min_workers if use_gpu else 0)
+    there = cluster_resources()
+    cpus, gpus = there.get("CPU", 0), there.get("GPU", 0)
+    if use_gpu:
+        gpus -= most_workers(config, use_gpu, there) or 0
     if cpus < wanted.cpus or gpus < wanted.gpus:
         raise StageError(
             f"an evaluation needs {wanted.cpus:g} CPUs and {wanted.gpus:g} GPUs, and there are {cpus:g} and, beside "

@@ -73,6 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "cases": [],
         }
         time_cases(results, tsl_triton, eager, options)
+        if not results["cases"]:
+            print("\nno case fits this GPU's memory, and nothing was written; lower --batches")
+            return 1
         print_goals(results["cases"])
         if importlib.util.find_spec("matplotlib") is not None:
             print(f"plot: {plot(results, options.out.with_suffix('.png'))}")

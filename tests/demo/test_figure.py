@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 import pytest
 
 from goal_ray.demo import figure
-from goal_ray.errors import StageError
+from goal_ray.errors import ConfigError, StageError
 from goal_ray.scenes.run import SceneSettings, draw_scenes
 from goal_ray.shard_urls import expand_shards
 from goal_ray.tars import stream_samples
@@ -34,6 +34,9 @@ def test_the_first_samples_are_drawn_with_every_sentence_in_full(paired, tmp_pat
 
 
 def test_nothing_to_draw_is_an_error_that_says_what_to_give(paired, tmp_path):
-    with pytest.raises(StageError, match="--samples"):
+    with pytest.raises(ConfigError, match="--samples must be at least 1, not 0"):
         figure.main([str(paired), str(tmp_path / "pairs.svg"), "--samples", "0"])
-    assert list(tmp_path.iterdir()) == []
+    draw_scenes(tmp_path / "plain", 1, 0, SceneSettings(size=64))
+    with pytest.raises(StageError, match="no pairs in its first samples; give tars that `goal-ray lism` wrote"):
+        figure.main([str(tmp_path / "plain"), str(tmp_path / "pairs.svg")])
+    assert not (tmp_path / "pairs.svg").exists()
