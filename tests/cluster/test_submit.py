@@ -53,6 +53,7 @@ def head(tmp_path_factory) -> Iterator[Head]:
     }
     command = [BIN / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={free_port()}"]
     command += ["--num-cpus=4", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}", "--disable-usage-stats"]
+    command += [f"--dashboard-agent-listen-port={free_port()}"]  # jobs wait for ever where another Ray has it
     with made.log.open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:
