@@ -166,16 +166,14 @@ def test_an_evaluation_that_no_node_has_room_for_is_refused_before_the_training(
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.usefixtures("cluster")
-def test_an_evaluation_may_not_count_on_the_gpus_of_the_workers(config, monkeypatch):
-    import ray
-
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}}])
+@pytest.mark.parametrize("workers", [2, (1, 2)])
+def test_an_evaluation_may_not_count_on_the_gpus_that_the_workers_take(config, monkeypatch, workers):
+    monkeypatch.setattr("goal_ray.train.run.cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
     wanted = replace(config, evaluation=EvaluationConfig(config.data.shards, gpus=1), batch_per_worker=2)
     check_evaluation(replace(wanted, workers=1), use_gpu=True)
-    check_evaluation(replace(wanted, workers=2), use_gpu=False)
+    check_evaluation(replace(wanted, workers=workers), use_gpu=False)
     with pytest.raises(StageError, match=r"needs 1 CPUs and 1 GPUs, and there are 8 and, beside the workers', 0"):
-        check_evaluation(replace(wanted, workers=2), use_gpu=True)
+        check_evaluation(replace(wanted, workers=workers), use_gpu=True)
 
 
 def test_a_tsl_backend_that_the_workers_cannot_run_is_refused_before_any_work(config, monkeypatch):
