@@ -175,16 +175,19 @@ def measure(batches: Generator[int, None, None], seconds: float) -> Measured:
     warm_until = time.perf_counter() + seconds / 2
     while time.perf_counter() < warm_until:
         next(batches)
-    since, cpu_since, samples = time.perf_counter(), cpu_seconds(), 0
+    since, cpu_since, samples = time.perf_counter(), cpu_seconds(os.getpid()), 0
     while (elapsed := time.perf_counter() - since) < seconds:
         samples += next(batches)
-    cpu_s = cpu_seconds() - cpu_since
+    cpu_s = cpu_seconds(os.getpid()) - cpu_since
     batches.close()
     return Measured(first, samples, elapsed, cpu_s)
 
 
-def cpu_seconds() -> float:
-    """CPU time of this process and all that descend from it, which Ray's do, too; Linux only."""
+def cpu_seconds(root: int) -> float:
+    """CPU time in seconds of the process ``root`` and all that descend from it, ended children included; Linux only.
+
+    All of Ray's processes descend from the one that started it. Those that end after their parent are not counted.
+    """
     ticks: dict[int, int] = {}
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
@@ -192,11 +195,11 @@ def cpu_seconds() -> float:
             fields = entry.read_text(errors="replace").rpartition(")")[2].split()
             process = int(entry.parent.name)
             children.setdefault(int(fields[1]), []).append(process)
-            ticks[process] = int(fields[11]) + int(fields[12])
-    mine = [os.getpid()]
-    for process in mine:
-        mine += children.get(process, [])
-    return sum(ticks.get(process, 0) for process in mine) / os.sysconf("SC_CLK_TCK")
+            ticks[process] = sum(map(int, fields[11:15]))  # its own, and those of children it waited for
+    tree = [root]
+    for process in tree:
+        tree += children.get(process, [])
+    return sum(ticks.get(process, 0) for process in tree) / os.sysconf("SC_CLK_TCK")
 
 
 def make_reader(urls: list[str], counts: Sequence[int], batch: int, indexes: tuple[Any, ...] | None) -> BatchReader:
