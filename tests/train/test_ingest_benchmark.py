@@ -44,14 +44,22 @@ def test_both_ways_prepare_every_sample(tmp_path):
     assert shapes == [(3, 224, 224), (3, 224, 224), (248,), (248,)]
 
 
-@pytest.mark.parametrize("parent_ends_it", [False, True])
-def test_cpu_time_of_descendants_counts(parent_ends_it):
-    burn = "import time\nwhile time.process_time() < 1: pass\nprint(1, flush=True)"
-    start = f"import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {burn + chr(10) + 'input()'!r}], stdin=-1)"
-    end = "input(); child.communicate(b'1'); print(1, flush=True); input()"
-    with subprocess.Popen([sys.executable, "-c", f"{start}\n{end}"], stdin=-1, stdout=-1) as root:
+PARENT = """
+import subprocess, sys
+burn = "import time; [None for _ in iter(lambda: time.process_time() < 1, False)]; print(1, flush=True); input()"
+child = subprocess.Popen([sys.executable, "-c", burn], stdin=-1)
+input()
+child.communicate(b"1")
+print(1, flush=True)
+input()
+"""
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_cpu_time_of_descendants_counts(ended):
+    with subprocess.Popen([sys.executable, "-c", PARENT], stdin=-1, stdout=-1) as root:
         root.stdout.readline()
-        if parent_ends_it:
+        if ended:
             root.stdin.write(b"1\n")
             root.stdin.flush()
             root.stdout.readline()
