@@ -80,8 +80,8 @@ def siglip_share(
 ) -> Tensor:
     """Sigmoid loss of this rank's left rows with all ranks' right rows, summed. Source: SigLIP (arXiv 2303.15343)."""
     logits_BN = pair_logits(left_BE, gather_rows(right_BE, counts), scale, bias)
-    is_pair_BN = F.one_hot(own_places(counts, left_BE.device), sum(counts))
-    return F.binary_cross_entropy_with_logits(logits_BN, is_pair_BN.to(logits_BN.dtype), reduction="sum")
+    pairs_B1 = logits_BN.gather(1, own_places(counts, left_BE.device)[:, None])
+    return F.softplus(logits_BN).sum() - pairs_B1.sum()  # softplus(-x) = softplus(x) - x, with no matrix of labels
 
 
 def pair_logits(own_BE: Tensor, others_NE: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from goal_ray.settings import LossConfig, StepConfig
 from goal_ray.timing import measure
 from goal_ray.train.benchmark import competitors
-from goal_ray.train.benchmark.__main__ import SWITCHES, main, turn
+from goal_ray.train.benchmark.__main__ import SWITCHES, competing, main, turn
 from goal_ray.train.benchmark.competitors import COMPETITORS, PARTS, encode_cut_text, own_copy
 from goal_ray.train.benchmark.measure import peak_memory, ratio, time_in_turn
 from goal_ray.train.benchmark.table import show_switches
@@ -128,6 +128,17 @@ def test_peak_memory_grows_with_the_batch(tiny_clip):
     variants = {str(batch): ("goal", Settings(tiny_clip, batch)) for batch in (2, 256)}
     found = peak_memory(variants)
     assert found["256"] > found["2"] + 256 * 2 * 3 * 32 * 32 * 4  # the normalised pictures alone
+
+
+def test_a_step_in_bf16_is_also_compared_with_the_published_style_in_fp32():
+    fp32, bf16 = Settings("any", 2), Settings("any", 2, precision="bf16")
+    assert competing(["goal", "published"], fp32) == {"goal": ("goal", fp32), "published": ("published", fp32)}
+    assert competing(["goal", "published"], bf16) == {
+        "goal": ("goal", bf16),
+        "published": ("published", bf16),
+        "published fp32": ("published", fp32),
+    }
+    assert list(competing(["goal", "plain"], bf16)) == ["goal", "plain"]
 
 
 def test_each_switch_is_turned_over_alone():

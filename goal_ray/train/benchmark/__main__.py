@@ -15,14 +15,15 @@ from goal_ray.errors import ConfigError
 from goal_ray.model import usable_device
 from goal_ray.settings import StepConfig
 from goal_ray.train.benchmark.competitors import COMPETITORS
-from goal_ray.train.benchmark.measure import compare
-from goal_ray.train.benchmark.table import show_competitors, show_switches
+from goal_ray.train.benchmark.measure import Variants, compare
+from goal_ray.train.benchmark.table import PUBLISHED_FP32, show_competitors, show_switches
 from goal_ray.train.benchmark.work import Precision, Settings
 
 DESCRIPTION = """Measure goal_ray's training step, forward, backward and optimizer, on one synthetic batch, beside
 
   published  the published style of GOAL step: each tower twice for the whole and once for the part, captions tokenised
-             inside the step and padded to 248, a loop over the samples, anomaly detection, unfused AdamW
+             inside the step and padded to 248, a loop over the samples, anomaly detection, unfused AdamW; beside a
+             step in bf16 it is measured in bf16 and in fp32
   plain      the floor: open_clip's forwards of as many pictures and texts, and its contrastive loss; same switches,
              precision and optimizer as goal_ray's
 
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = usable_device(options.device)
     settings = Settings(options.model, options.batch, options.precision, device, options.seed, step)
     if options.switches is None:
-        variants = {name: (name, settings) for name in options.competitors}
+        variants = competing(options.competitors, settings)
     else:
         variants = {GIVEN: ("goal", settings)} | {
             label: ("goal", turned) for label, turned in (turn(settings, name) for name in options.switches or SWITCHES)
@@ -102,6 +103,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.steps < 1 or options.warmup < 1:
         parser.error("--steps and --warmup must be at least 1")
     return options
+
+
+def competing(names: Sequence[str], settings: Settings) -> Variants:
+    """The competitors of these names, the published style also in fp32."""
+    variants = {name: (name, settings) for name in names}
+    if "published" in names and settings.precision != "fp32":
+        variants[PUBLISHED_FP32] = ("published", replace(settings, precision="fp32"))
+    return variants
 
 
 def turn(settings: Settings, switch: str) -> tuple[str, Settings]:
