@@ -145,11 +145,14 @@ PEAKS = {
 }
 
 
+PEAK_TRIAL_S = 1.0
+
+
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """FLOP/s that the device can reach at most in matrix products of bfloat16 or float32; None where it is unknown.
 
     On a GPU the data sheet's. float32 is TF32's where PyTorch may use TF32 (`torch.set_float32_matmul_precision`). On
-    a CPU, where clocks and vector units vary, what a large matrix product reaches: measured, about a second, once.
+    a CPU, where clocks and vector units vary, what a large matrix product reaches: measured, some seconds, once.
     """
     if device.type == "cpu":
         return measured_peak(dtype)
@@ -177,16 +180,19 @@ def peak_of(name: str) -> Peak | None:
 def measured_peak(dtype: torch.dtype) -> float:
     """FLOP/s of the fastest of many products of two square matrices on this CPU, with PyTorch's threads.
 
-    The matrices grow to 2048² unless that would take long, as bfloat16 does on CPUs without instructions for it.
+    The matrices grow to 4096² unless that would take long, as bfloat16 does on CPUs without instructions for it. Each
+    size is tried for PEAK_TRIAL_S, so that a moment in which something else runs does not count.
     """
     best = 0.0
-    for side in (256, 512, 1024, 2048):
+    for side in (256, 512, 1024, 2048, 4096):
         left, right = torch.randn(2, side, side).to(dtype)
-        for repeat in range(8):
+        torch.mm(left, right)  # wakes the threads
+        seconds = []
+        while sum(seconds) < PEAK_TRIAL_S:
             began = time.perf_counter()
             torch.mm(left, right)
-            seconds = time.perf_counter() - began
-            best = max(best, 2 * side**3 / seconds)
-            if repeat and seconds > 0.25:  # the first also wakes the threads
-                return best
+            seconds.append(time.perf_counter() - began)
+        best = max(best, 2 * side**3 / min(seconds))
+        if min(seconds) > PEAK_TRIAL_S / 8:
+            return best
     return best

@@ -4,6 +4,7 @@ Needs no transformers. What one side cannot express is refused, never dropped.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -212,6 +213,10 @@ def open_clip_preprocess(processor: Mapping[str, Any], size_px: int) -> dict[str
         processor.get(f"do_{step}", True) for step in ("resize", "rescale", "normalize")
     ):
         raise ModelError("pictures must be resized (bilinear or bicubic), rescaled and normalised")
+    if not math.isclose(processor.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-4):
+        raise ModelError(f"pictures are rescaled by {processor['rescale_factor']}, not by 1/255")
+    if mode == "shortest" and not processor.get("do_center_crop", True):
+        raise ModelError("pictures are not cropped to a square, as the model reads them")
     return {
         "mean": tuple(processor.get("image_mean", OPENAI_DATASET_MEAN)),
         "std": tuple(processor.get("image_std", OPENAI_DATASET_STD)),

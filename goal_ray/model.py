@@ -14,7 +14,7 @@ from zipfile import BadZipFile
 
 import open_clip
 import torch
-from open_clip.tokenizer import SimpleTokenizer
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from open_clip.transformer import QuickGELU, TextTransformer, VisionTransformer, text_global_pool
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -25,6 +25,7 @@ from goal_ray.settings import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, ModelConfig
 from goal_ray.weights import create_model, empty_model, is_hf_folder, load_hf_folder
 
 KEPT_POSITIONS = 20
+TOKENIZER_ARGUMENTS = {"clean", "language", "strip_sep_token"}
 
 
 class TowerOutput(NamedTuple):
@@ -223,8 +224,8 @@ def load_model(config: ModelConfig, seed: int = 0) -> LoadedModel:
             else:
                 name = _architecture_name(config.name)
                 model_cfg = open_clip.get_model_config(name)
+                tokenizer = _load_tokenizer(name, model_cfg)
                 clip = create_model(name, config.weights)
-                tokenizer = open_clip.get_tokenizer(name)
         except UnpicklingError as error:
             raise ModelError(f"{config.weights}: refused, since it holds more than tensors: {error}") from None
         except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, SafetensorError, BadZipFile) as error:
@@ -269,9 +270,23 @@ def _load_folder(folder: Path, weights: str | None) -> tuple[nn.Module, Any, dic
             )
     name = f"local-dir:{folder}"
     model_cfg = json.loads((folder / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))["model_cfg"]
+    tokenizer = _load_tokenizer(name, model_cfg)
     clip = empty_model(name)
     clip.load_state_dict(load_file(folder / OPEN_CLIP_WEIGHTS))
-    return clip, open_clip.get_tokenizer(name), model_cfg
+    return clip, tokenizer, model_cfg
+
+
+def _load_tokenizer(name: str, model_cfg: dict[str, Any]) -> Any:
+    """open_clip's tokenizer of a model, which never runs code that a folder brings.
+
+    The architecture may hand arguments to Hugging Face's loader, `trust_remote_code` among them.
+    """
+    text_cfg = model_cfg["text_cfg"]
+    if others := sorted(set(text_cfg.get("tokenizer_kwargs", {})) - TOKENIZER_ARGUMENTS):
+        allowed = ", ".join(sorted(TOKENIZER_ARGUMENTS))
+        raise ModelError(f"{name}: its tokenizer_kwargs may set {allowed}, but not {', '.join(others)}")
+    from_hub = {"trust_remote_code": False} if text_cfg.get("hf_tokenizer_name") else {}
+    return open_clip.get_tokenizer(name, **from_hub)
 
 
 def save_model(folder: Path, loaded: LoadedModel, weights: dict[str, Tensor]) -> None:
@@ -284,6 +299,8 @@ def save_model(folder: Path, loaded: LoadedModel, weights: dict[str, Tensor]) ->
     config = {"model_cfg": loaded.model_cfg, "preprocess_cfg": preprocess}
     (folder / OPEN_CLIP_CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / OPEN_CLIP_WEIGHTS)
+    if isinstance(loaded.tokenizer, HFTokenizer):  # open_clip looks for its files in the folder alone
+        loaded.tokenizer.save_pretrained(folder)
 
 
 def usable_device(name: str | None) -> str:

@@ -1,5 +1,9 @@
 """One forward per tower, long text, and folders that plain open_clip loads."""
 
+import json
+import shutil
+from contextlib import nullcontext
+
 import open_clip
 import pytest
 import torch
@@ -106,6 +110,56 @@ def test_plain_open_clip_loads_what_was_saved(tmp_path, name):
     again = load_model(ModelConfig(str(tmp_path / "saved")))
     assert again.model_cfg == loaded.model_cfg
     assert torch.equal(again.clip.eval().encode_text(ids), loaded.clip.encode_text(ids))
+
+
+def write_tokenizer(folder):
+    """A Hugging Face tokenizer with a vocabulary of its own."""
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    words = ["<pad>", "<s>", "</s>", "<unk>", "a", "red", "dog"]
+    rust = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    rust.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    rust.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=rust, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+@torch.no_grad()
+def test_a_saved_model_brings_its_hugging_face_tokenizer(tmp_path):
+    text = {"hf_tokenizer_name": write_tokenizer(tmp_path / "tokenizer"), "pool_type": "eos", "eos_id": 2}
+    loaded = load_model(ModelConfig(write_architecture(tmp_path, text=text)))
+    save_model(tmp_path / "saved", loaded, loaded.clip.state_dict())
+    shutil.rmtree(tmp_path / "tokenizer")
+    again = load_model(ModelConfig(str(tmp_path / "saved")))
+    plain = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'saved'}")
+    ids = loaded.tokenizer(["a red dog"])
+    assert ids[0, :5].tolist() == [1, 4, 5, 6, 2]
+    assert torch.equal(again.tokenizer(["a red dog"]), ids)
+    assert torch.equal(plain(["a red dog"]), ids)
+    assert torch.equal(again.clip.eval().encode_text(ids), loaded.clip.eval().encode_text(ids))
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_folders_tokenizer_runs_no_code_of_its_own(tmp_path, asked):
+    text = {"hf_tokenizer_name": write_tokenizer(tmp_path / "tokenizer"), "pool_type": "eos", "eos_id": 2}
+    loaded = load_model(ModelConfig(write_architecture(tmp_path, text=text)))
+    save_model(tmp_path / "saved", loaded, loaded.clip.state_dict())
+    edit_json(tmp_path / "saved/tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Own", "own.Own"]})
+    (tmp_path / "saved/own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise SystemExit\n")
+    architecture = loaded.model_cfg
+    if asked:
+        architecture["text_cfg"]["tokenizer_kwargs"] = {"clean": "lower", "trust_remote_code": True}
+    edit_json(tmp_path / "saved/open_clip_config.json", model_cfg=architecture)
+    with pytest.raises(ModelError, match="not trust_remote_code") if asked else nullcontext():
+        load_model(ModelConfig(str(tmp_path / "saved")))
+    assert not (tmp_path / "ran").exists()
+
+
+def edit_json(path, **fields):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
 def test_random_weights_follow_the_seed(tiny_clip):

@@ -106,6 +106,8 @@ def test_the_first_hub_files_keep_a_section_beside_the_config_and_positions_as_w
         ("preprocessor_config.json", {"size": {"shortest_edge": 40}}, ["shortest_edge", "the model reads 32 pixels"]),
         ("preprocessor_config.json", {"resample": 1}, ["bilinear or bicubic"]),
         ("preprocessor_config.json", {"do_normalize": False}, ["normalised"]),
+        ("preprocessor_config.json", {"rescale_factor": 1 / 127.5}, ["rescaled by 0.0078"]),
+        ("preprocessor_config.json", {"do_center_crop": False}, ["not cropped"]),
     ],
 )
 def test_a_folder_that_open_clip_cannot_express_is_refused_by_file_and_setting(tmp_path, file, changes, words):

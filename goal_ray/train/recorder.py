@@ -141,8 +141,7 @@ class RunRecorder:
         """Adds the time since the last call to the run's."""
         now = time.perf_counter()
         passed, self.since = now - self.since, now
-        self.cost.seconds += passed
-        self.cost.worker_seconds += passed * self.workers
+        self.cost.add_time(passed, self.workers)
         self.prometheus.set("workers", self.workers)
         self.prometheus.refresh()
 

@@ -16,11 +16,18 @@ from goal_ray.config import load_config, to_tree, to_yaml
 from goal_ray.errors import ConfigError, StageError
 from goal_ray.order import BatchOrder
 from goal_ray.ray_session import is_joined, keep_ray_data_here, quiet_ray_data, ray_session
-from goal_ray.settings import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
 from goal_ray.shard_urls import expand_shards, shard_name
 from goal_ray.storage import write_bytes
 from goal_ray.train.attempts import Attempts, cluster_resources, lacking, most_workers
-from goal_ray.train.checkpoint import checkpoint_folders, newest_intact, prune_checkpoints, remove_partial, step_of
+from goal_ray.train.checkpoint import (
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    checkpoint_folders,
+    newest_intact,
+    prune_checkpoints,
+    remove_partial,
+    step_of,
+)
 from goal_ray.train.config import TrainConfig
 from goal_ray.train.cost import COST_FILE, Cost
 from goal_ray.train.evaluation import Evaluations
@@ -313,6 +320,7 @@ def check_evaluation(config: TrainConfig, use_gpu: bool) -> None:
 def export_model(checkpoint: Path, target: Path) -> Path:
     """Copies a checkpoint's open_clip files to a folder that plain open_clip loads as `local-dir:`."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in (OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS):
-        shutil.copyfile(checkpoint / name, target / name)
+    for path in checkpoint.iterdir():
+        if path.name not in (OPTIMIZER_FILE, STATE_FILE):
+            shutil.copyfile(path, target / path.name)
     return target

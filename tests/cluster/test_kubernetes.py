@@ -127,6 +127,31 @@ def test_a_node_that_is_told_to_end_drains_as_long_as_its_pod_may_live(name):
                 assert pod["terminationGracePeriodSeconds"] - 20 <= drain_s < pod["terminationGracePeriodSeconds"]
 
 
+def test_object_stores_have_room_in_shared_memory(monkeypatch):
+    """By Ray's own arithmetic; where there is too little room, Ray puts them on the container's disk."""
+    from ray._private import utils
+
+    for thing in [*written(), *(each for name in APPLIED if KUBECTL for each in rendered(name))]:
+        for spec in cluster_specs(thing):
+            for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+                pod = group["template"]["spec"]
+                (shared,) = [each["emptyDir"] for each in pod["volumes"] if each["name"] == "shared-memory"]
+                shared_bytes = gibibytes(shared["sizeLimit"])
+                monkeypatch.setattr(utils, "get_shared_memory_bytes", lambda room=shared_bytes: room)
+                memory_bytes = gibibytes(pod["containers"][0]["resources"]["limits"]["memory"])
+                assert utils.resolve_object_store_memory(memory_bytes) <= 0.95 * shared_bytes
+
+
+def gibibytes(quantity: str) -> int:
+    return int(quantity.removesuffix("Gi")) * 2**30
+
+
+def test_a_stopped_job_has_time_to_save_a_checkpoint():
+    (cluster,) = [thing for thing in written() if thing["kind"] == "RayCluster"]
+    (head,) = cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    assert {"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": "300"} in head["env"]
+
+
 @with_kubectl
 def test_spot_nodes_carry_the_gpu_groups_alone():
     (cluster,) = [thing for thing in rendered("overlays/spot") if thing["kind"] == "RayCluster"]

@@ -10,6 +10,7 @@ from goal_ray.errors import StageError
 from goal_ray.train.checkpoint import file_mark, find_damage, newest_intact, prune_checkpoints, remove_partial
 from goal_ray.train.config import EvaluationConfig
 from goal_ray.train.evaluation import Evaluations
+from goal_ray.train.run import export_model
 
 FILES = ("open_clip_model.safetensors", "optimizer.safetensors")
 
@@ -114,3 +115,13 @@ def test_what_an_interrupted_deletion_left_goes_too(run_dir):
     (run_dir / "checkpoints" / "step-00000002" / "state.json").unlink()
     prune_checkpoints(run_dir, 9, ())
     assert steps(run_dir) == [4, 6, 8]
+
+
+def test_a_run_s_model_is_all_of_a_checkpoint_but_the_training_s_state(tmp_path):
+    checkpoint = tmp_path / "step-00000001"
+    checkpoint.mkdir()
+    brought = {"open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json"}
+    for name in (*brought, "optimizer.safetensors", "state.json"):
+        (checkpoint / name).write_text(name)
+    model = export_model(checkpoint, tmp_path / "model")
+    assert {path.name for path in model.iterdir()} == brought

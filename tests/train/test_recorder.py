@@ -49,5 +49,18 @@ def test_utilisation_is_that_of_the_workers_that_did_each_step():
     cost.add({**window, "window_seconds": 10.0, "flops": 1600.0})
     cost.peak_flops = 100.0
     cost.add({**window, "window_seconds": 20.0, "flops": 800.0})
+    cost.peak_flops = None  # a GPU that is not in the table
+    cost.add({**window, "window_seconds": 5.0, "flops": 1e6})
     assert cost.utilisation == pytest.approx(0.4)
+    assert cost.flops == pytest.approx(1e6 + 2400)
     assert Cost().utilisation is None
+
+
+def test_hours_on_cpus_and_on_gpus_are_told_apart():
+    cost = Cost()
+    cost.add_time(3600.0, workers=2)
+    assert cost.line().startswith("2 CPU worker hours, ")
+    cost.gpus = True
+    cost.add_time(1800.0, workers=4)
+    assert cost.line().startswith("2 GPU hours, 2 CPU worker hours, ")
+    assert cost.worker_seconds == 4 * 3600.0

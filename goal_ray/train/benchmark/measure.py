@@ -47,13 +47,15 @@ def compare(variants: Variants, settings: Settings, rounds: int, warmup: int) ->
 
 
 def numbers(rounds: Rounds, flops: int, memory: int, settings: Settings) -> dict[str, Any]:
-    """What is known of one variant."""
+    """What is known of one variant. `mfu`, model FLOPs utilisation, is None where the device's peak is unknown."""
     seconds = statistics.median(step_seconds(rounds))
+    peak = peak_flops(torch.device(settings.device), torch.bfloat16 if settings.precision == "bf16" else torch.float32)
     return {
         "seconds": seconds,
         "parts": {part: statistics.median(each[part] for each in rounds) for part in PARTS},
         "images_per_s": settings.batch / seconds,
-        "mfu": utilisation(flops, seconds, settings),
+        "peak_flops": peak,
+        "mfu": None if peak is None else flops / seconds / peak,
         "peak_bytes": memory,
         "rounds": rounds,
     }
@@ -132,10 +134,3 @@ def own_peak_memory(competitor: str, settings: Settings) -> int:
     # Not getrusage, which counts what the parent held when it started this process.
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) * 1024
-
-
-def utilisation(flops: int, seconds: float, settings: Settings) -> float | None:
-    """Model FLOPs utilisation: the useful work per second, as a share of the device's peak; None if that is unknown."""
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    peak = peak_flops(torch.device(settings.device), dtype)
-    return None if peak is None else flops / seconds / peak
