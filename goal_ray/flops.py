@@ -187,7 +187,7 @@ def measured_peak(dtype: torch.dtype) -> float:
     for side in (256, 512, 1024, 2048, 4096):
         left, right = torch.randn(2, side, side).to(dtype)
         torch.mm(left, right)  # wakes the threads
-        seconds = []
+        seconds: list[float] = []
         while sum(seconds) < PEAK_TRIAL_S:
             began = time.perf_counter()
             torch.mm(left, right)

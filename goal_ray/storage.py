@@ -1,8 +1,9 @@
 """Files on any storage fsspec reaches. A file written here is visible only when complete.
 
 A storage that fails for a while is asked again, for GOAL_RAY_STORAGE_PATIENCE_S seconds (600) each time: a remote one
-for everything, a local one for whole files that are written. What fails for good (no such file, no rights, no room) is
-raised at once.
+for what is read, listed or deleted, any for a whole file that is written (`write_bytes`). What is written bit by bit
+(`open_atomic`) is not repeated here: where it fails, running the same command again goes on. What fails for good (no
+such file, no rights, no room, refused by a server) is raised at once.
 """
 
 import errno
@@ -34,20 +35,33 @@ PATIENCE_S = float(os.environ.get("GOAL_RAY_STORAGE_PATIENCE_S", "600"))
 LASTING = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 LASTING_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EINVAL, errno.ENAMETOOLONG)
 NETWORK_LIBRARIES = ("aiohttp", "botocore", "gcsfs", "google", "requests", "urllib3")
+PASSING_REFUSALS = (408, 425, 429)  # too slow, too early, too many requests
+OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci", "tos", "hf"}
+NAME_CHARS = 40  # of 4 bytes at most: with what a temporary name adds they fit into the 255 bytes of a name
 Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 
 
 def may_pass(error: BaseException) -> bool:
     """Whether the same request may succeed later."""
+    if is_refused(error):
+        return False
     if isinstance(error, OSError):
         return not isinstance(error, LASTING) and error.errno not in LASTING_NUMBERS
-    return is_storage_error(error) and not re.search("Credential|Validation", type(error).__name__)
+    lasting = isinstance(error, ValueError) or re.search("Credential|Validation", type(error).__name__)
+    return is_storage_error(error) and not lasting
 
 
 def is_storage_error(error: BaseException) -> bool:
     """Whether a network library raised it, whose errors are no OSErrors."""
     return type(error).__module__.partition(".")[0] in NETWORK_LIBRARIES
+
+
+def is_refused(error: BaseException) -> bool:
+    """Whether a network library raised it for a server's answer that stays the same (HTTP 4xx, but for a few)."""
+    status = getattr(error, "status", None) or getattr(error, "code", None)
+    refused = isinstance(status, int) and 400 <= status < 500 and status not in PASSING_REFUSALS
+    return refused and is_storage_error(error)
 
 
 def patiently(request: Callable[[], Result], url: str) -> Result:
@@ -79,6 +93,11 @@ def file_system(url: str) -> tuple[Any, str]:
         return url_to_fs(url, use_listings_cache=False)
     except ImportError as error:
         raise ConfigError(f"{url}: {error}: pip install 'goal_ray[s3]' or 'goal_ray[gcs]', or that library") from None
+
+
+def protocols(fs: Any) -> tuple[str, ...]:
+    """What addresses of a file system may start with."""
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 
 class _RemoteFile(io.RawIOBase):
@@ -141,14 +160,13 @@ def open_read(url: str) -> IO[bytes]:
 def open_atomic(url: str) -> Iterator[IO[bytes]]:
     """Opens a file for writing that appears under its name only if the block succeeds.
 
-    Local: a hidden temporary file beside it, synced, then renamed. Object stores show an object only after a complete
-    upload, and the upload is discarded on an error.
+    A hidden temporary file beside it, on a local disk synced, is moved into place. Object stores show an object only
+    after a complete upload, and the upload is discarded on an error.
     """
     fs, path = file_system(url)
     fs.makedirs(fs._parent(path), exist_ok=True)
+    temporary = temporary_beside(path)
     if isinstance(fs, LocalFileSystem):
-        name = f".{os.path.basename(path)}.{process_place()}.{os.getpid()}.{uuid.uuid4().hex}.tmp"
-        temporary = os.path.join(os.path.dirname(path), name)
         try:
             with open(temporary, "wb") as file:
                 yield file
@@ -158,15 +176,52 @@ def open_atomic(url: str) -> Iterator[IO[bytes]]:
         finally:
             if os.path.exists(temporary):
                 os.unlink(temporary)
-        return
-    file = fs.open(path, "wb")
+    elif OBJECT_STORES.intersection(protocols(fs)):
+        file = fs.open(path, "wb")
+        with undone_on_error(partial(_discard, file), url):
+            yield file
+            file.close()
+    else:
+        file = fs.open(temporary, "wb")
+        with undone_on_error(partial(_remove_written, fs, file, temporary), url):
+            yield file
+            file.close()
+            if fs.exists(path):  # not every storage moves a file to where one is
+                fs.rm_file(path)
+            fs.mv(temporary, path)
+
+
+def temporary_beside(path: str) -> str:
+    """A hidden name of its own, TEMPORARY, in the folder of a file."""
+    folder, slash, base = path.rpartition("/")
+    return f"{folder}{slash}.{base[:NAME_CHARS]}.{process_place()}.{os.getpid()}.{uuid.uuid4().hex}.tmp"
+
+
+@contextmanager
+def undone_on_error(undo: Callable[[], object], url: str) -> Iterator[None]:
+    """Calls `undo` where the block fails. The block's error is raised, whether or not undoing fails as well."""
     try:
-        yield file
+        yield
     except BaseException:
-        file.discard()
-        file.closed = True  # or it would be stored after all when Python frees it
+        try:
+            undo()
+        except Exception as error:
+            log.warning("%s: what was half written could not be removed: %s: %s", url, type(error).__name__, error)
         raise
-    file.close()
+
+
+def _discard(file: Any) -> None:
+    try:
+        file.discard()
+    finally:
+        file.closed = True  # or it would be stored after all when Python frees it
+
+
+def _remove_written(fs: Any, file: Any, path: str) -> None:
+    try:
+        file.close()
+    finally:
+        fs.rm_file(path)
 
 
 @cache
@@ -258,6 +313,8 @@ def remove(url: str) -> None:
 
 def read_range(url: str, start: int, length: int) -> bytes:
     """Part of a file, by one request. Raises OSError where the file ends before the part does."""
+    if not length:
+        return b""
     fs, path = file_system(url)
     if isinstance(fs, LocalFileSystem):  # fsspec takes several times as long
         with open(path, "rb") as file:

@@ -38,6 +38,8 @@ def write_index(tar: str, places: Sequence[MemberPlace], tar_bytes: int) -> None
     """Writes the index of a tar of so many bytes, atomically; same places, same bytes."""
     columns = [list(column) for column in zip(*places, strict=True)] or [[] for _ in SCHEMA]
     columns[1] = [key.encode(errors="surrogateescape") for key in columns[1]]
+    # Text, so what is not UTF-8 stands as escapes; no reader looks for such an extension.
+    columns[2] = [extension.encode(errors="backslashreplace").decode() for extension in columns[2]]
     metadata = {"goal_ray.index": VERSION, "goal_ray.tar_bytes": str(tar_bytes)}
     arrays = [pyarrow.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
     table = pyarrow.table(arrays, schema=SCHEMA.with_metadata(metadata))

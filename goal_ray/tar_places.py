@@ -6,11 +6,13 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from typing import NamedTuple
 
 from goal_ray.errors import ShardError
 from goal_ray.storage import open_read, size_bytes
-from goal_ray.tars import DAMAGE, Sample, iter_members, open_tar, read_member, split_name
+from goal_ray.tars import DAMAGE, Gathering, Sample, iter_members, open_tar, read_member, split_name
 
 
 def read_part(url: str, offset_bytes: int, size_bytes: int) -> Sample:
@@ -18,18 +20,18 @@ def read_part(url: str, offset_bytes: int, size_bytes: int) -> Sample:
     with open_read(url) as file:
         file.seek(offset_bytes)
         part = io.BytesIO(file.read(size_bytes) + bytes(2 * tarfile.BLOCKSIZE))
-    found: dict[int, Sample] = {}
+    found: dict[int, Gathering] = {}
     try:
         with open_tar(part, "r:") as tar:
             for member in iter_members(tar):
                 if member.sample >= 0:
-                    sample = found.get(member.sample, Sample(member.key, {}))
-                    found[member.sample] = sample.with_member(member.extension, read_member(tar, member.info))
+                    sample = found.setdefault(member.sample, Gathering(member.key))
+                    sample.add(member.extension, member.info.size, partial(read_member, tar, member.info))
     except DAMAGE as error:
         raise ShardError(f"{url}: no sample at byte {offset_bytes}: {error}; was the tar changed?") from None
     if len(found) != 1:
         raise ShardError(f"{url}: {len(found)} samples at byte {offset_bytes}, not 1; was the tar changed?")
-    return found[0]
+    return found[0].sample()
 
 
 @dataclass(frozen=True)
@@ -89,15 +91,14 @@ def member_places(url: str) -> list[MemberPlace]:
 def group_places(places: Iterable[MemberPlace]) -> list[SampleIndex]:
     """The samples that members in order make up."""
     samples: list[SampleIndex] = []
-    last = -1
-    for number, key, extension, offset, size in places:
-        if number != last:
-            samples.append(SampleIndex(key, {}))
-            last = number
-        current = samples[-1]
-        again = (extension,) if extension in current.members else ()
-        members = {**current.members, extension: (offset, size)}
-        samples[-1] = SampleIndex(key, members, (*current.repeated, *again))
+    for (_, key), own in groupby(places, lambda place: (place.sample, place.key)):
+        members: dict[str, tuple[int, int]] = {}
+        repeated = []
+        for _, _, extension, offset, size in own:
+            if extension in members:
+                repeated.append(extension)
+            members[extension] = (offset, size)
+        samples.append(SampleIndex(key, members, tuple(repeated)))
     return samples
 
 

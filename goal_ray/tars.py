@@ -8,6 +8,7 @@ import io
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import IO, Literal, Self
 
 from goal_ray.errors import CaptionError, ShardError
@@ -20,6 +21,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 CAPTION_EXTENSION = "txt"
 PAIRS_EXTENSION = "pairs.json"
 LARGEST_MEMBER_BYTES = 2**30
+TWO_PLACES = "the key stands at two places of the tar; put its members side by side, or rename one"
 # What tarfile raises on a damaged tar; ValueError, where a number in an extended header makes no sense.
 DAMAGE = (tarfile.TarError, EOFError, ValueError)
 
@@ -29,7 +31,8 @@ class Sample:
     """One sample, its members in memory: `members` maps a lower-case extension to the bytes.
 
     `repeated` names extensions that stand more than once under the key; such a sample is ambiguous. `too_large` names
-    those of more than LARGEST_MEMBER_BYTES, which were not read.
+    the member with which the sample takes more than LARGEST_MEMBER_BYTES of the tar; neither it nor those behind it
+    were read.
     """
 
     key: str
@@ -43,11 +46,11 @@ class Sample:
         return replace(self, members={**self.members, extension: data}, repeated=(*self.repeated, *again))
 
     def check_sizes(self) -> None:
-        """Raises ShardError where a member is too large to be read."""
+        """Raises ShardError where the sample is too large to be read."""
         if self.too_large:
-            name = self.too_large[0]
             raise ShardError(
-                f"sample {self.key!r}: member .{name} has more than {LARGEST_MEMBER_BYTES} bytes; leave it out"
+                f"sample {self.key!r} takes more than {LARGEST_MEMBER_BYTES} bytes, up to and with its member "
+                f".{self.too_large[0]}; leave large members out"
             )
 
     def image_bytes(self) -> bytes:
@@ -80,6 +83,33 @@ def image_extension(key: str, extensions: Mapping[str, object], repeated: tuple[
     if len(present) > 1 or present[0] in repeated:
         raise ShardError(f"sample {key!r} has more than one picture ({present}); keep the one that the caption means")
     return present[0]
+
+
+class Gathering:
+    """A sample in the making. A member costs the same however many stand before it, and all together are bounded."""
+
+    def __init__(self, key: str):
+        self.key = key
+        self._members: dict[str, bytes] = {}
+        self._repeated: list[str] = []
+        self._too_large: tuple[str, ...] = ()
+        self._tar_bytes = 0
+
+    def add(self, extension: str, size_bytes: int, read: Callable[[], bytes]) -> None:
+        """Adds the next member; reads it, unless the sample is too large."""
+        if self._too_large:
+            return
+        self._tar_bytes += tarfile.BLOCKSIZE + size_bytes
+        if self._tar_bytes > LARGEST_MEMBER_BYTES:
+            self._too_large = (extension,)
+            return
+        if extension in self._members:
+            self._repeated.append(extension)
+        self._members[extension] = read()
+
+    def sample(self) -> Sample:
+        """The sample."""
+        return Sample(self.key, self._members, tuple(self._repeated), self._too_large)
 
 
 def split_name(member_name: str) -> tuple[str, str] | None:
@@ -173,7 +203,7 @@ def stream_samples(url: str, wanted: Callable[[int], bool] = lambda number: True
     Raises ShardError on a corrupt or truncated tar, after every sample that stands complete before the damage. What a
     failing storage raises passes through: it says nothing against the tar.
     """
-    current: Sample | None = None
+    current: Gathering | None = None
     number, reading = -1, False
     damage: str | None = None
     with open_read(url) as file:
@@ -184,16 +214,12 @@ def stream_samples(url: str, wanted: Callable[[int], bool] = lambda number: True
                         continue
                     if member.sample != number:
                         if current is not None:
-                            yield current
-                        current, number = Sample(member.key, {}), member.sample
+                            yield current.sample()
+                        current, number = Gathering(member.key), member.sample
                         reading = wanted(number)
-                    if not reading:
-                        continue
-                    assert current is not None
-                    if member.info.size > LARGEST_MEMBER_BYTES:
-                        current = replace(current, too_large=(*current.too_large, member.extension))
-                        continue
-                    current = current.with_member(member.extension, read_member(tar, member.info))
+                    if reading:
+                        assert current is not None
+                        current.add(member.extension, member.info.size, partial(read_member, tar, member.info))
         except DAMAGE as error:
             damage = str(error)
     if damage is not None:
@@ -201,7 +227,7 @@ def stream_samples(url: str, wanted: Callable[[int], bool] = lambda number: True
         last = f"; its last sample, {key!r}, may be incomplete" if key else ""
         raise ShardError(f"{url}: corrupt or truncated tar: {damage}{last}", key)
     if current is not None:
-        yield current
+        yield current.sample()
 
 
 def write_tar(url: str, samples: Iterator[tuple[str, Mapping[str, bytes]]]) -> int:

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 
+import aiohttp
 import fsspec
+import gcsfs.retry
 import pytest
 
 from goal_ray import storage
@@ -17,6 +19,7 @@ from goal_ray.storage import (
     exists,
     file_system,
     list_names,
+    may_pass,
     open_atomic,
     open_read,
     read_all,
@@ -66,6 +69,60 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
         file.writelines([b"new", None])
     assert os.listdir(tmp_path) == ["a"]
     assert read_bytes(str(tmp_path / "a")) == b"old"
+
+
+@pytest.mark.parametrize("name", ["a" * 255, "ü" * 127, "🐶" * 63, "\udce9" * 255], ids=[1, 2, 4, "not UTF-8"])
+def test_a_name_may_be_as_long_as_the_file_system_takes_it(tmp_path, name):
+    with open_atomic(str(tmp_path / name)) as file:
+        file.write(b"text")
+        (temporary,) = os.listdir(tmp_path)
+    assert storage.TEMPORARY.fullmatch(temporary)
+    assert os.listdir(tmp_path) == [name]
+
+
+@pytest.fixture
+def memory():
+    """The address of an empty folder on a storage that shows what is half written and can move files."""
+    yield "memory://folder"
+    fsspec.filesystem("memory").rm("/folder", recursive=True)
+
+
+def test_a_file_of_a_storage_without_uploads_appears_when_it_is_complete(memory):
+    for content, before in ((b"old", []), (b"new", ["a"])):
+        with open_atomic(f"{memory}/a") as file:
+            file.write(content)
+            temporary, *visible = list_names(memory)
+            assert storage.TEMPORARY.fullmatch(temporary)
+            assert visible == before
+        assert list_names(memory) == ["a"]
+        assert read_bytes(f"{memory}/a") == content
+
+
+def test_a_write_that_fails_on_such_a_storage_leaves_the_old_file_and_nothing_else(memory):
+    write_bytes(f"{memory}/a", b"old")
+    with pytest.raises(TypeError), open_atomic(f"{memory}/a") as file:
+        file.writelines([b"new", None])
+    assert list_names(memory) == ["a"]
+    assert read_bytes(f"{memory}/a") == b"old"
+
+
+@pytest.mark.parametrize(
+    ("place", "undoing"),
+    [("memory", "fsspec.implementations.memory.MemoryFileSystem.rm_file"), ("s3", "s3fs.core.S3File.discard")],
+)
+def test_what_made_a_write_fail_is_raised_also_where_it_cannot_be_undone(request, monkeypatch, caplog, place, undoing):
+    url = request.getfixturevalue(place)
+
+    def fail(*_):
+        raise OSError("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(undoing, fail)
+        with pytest.raises(TypeError), open_atomic(f"{url}/a") as file:
+            file.writelines([b"new", None])
+    gc.collect()
+    assert not exists(f"{url}/a")
+    assert "could not be removed: OSError: gone" in caplog.text
 
 
 def test_what_a_killed_process_left_is_removed_even_before_it_is_buried(half_written, tmp_path):
@@ -165,6 +222,31 @@ def test_a_storage_that_is_away_is_waited_for(s3, s3_server, request_, answer):
     back = s3_server.fail_for(seconds=1)
     assert request_(s3) == answer
     back.join()
+
+
+def test_a_part_without_bytes_is_read_anywhere(s3, tmp_path):
+    for folder in (s3, tmp_path):
+        write_bytes(f"{folder}/a", b"abc")
+        assert [read_range(f"{folder}/a", start, 0) for start in (0, 1, 3)] == [b"", b"", b""]
+
+
+def answer(status: int) -> aiohttp.ClientResponseError:
+    return aiohttp.ClientResponseError(None, (), status=status)
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        *((answer(status), False) for status in (400, 401, 403, 404, 410, 451)),
+        *((answer(status), True) for status in (408, 425, 429, 500, 502, 503)),
+        (gcsfs.retry.HttpError({"code": 401, "message": "Invalid Credentials"}), False),
+        (gcsfs.retry.HttpError({"code": 503, "message": "later"}), True),
+        (aiohttp.InvalidURL("http://"), False),
+        (aiohttp.ServerDisconnectedError(), True),
+    ],
+)
+def test_what_a_server_refuses_does_not_pass(error, passes):
+    assert may_pass(error) == passes
 
 
 def test_patience_ends(s3, s3_server, monkeypatch):

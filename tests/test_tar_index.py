@@ -46,6 +46,16 @@ def test_an_index_says_what_the_headers_say(tmp_path_factory, samples):
     assert not make_index(url)
 
 
+def test_an_extension_that_is_not_utf8_stands_as_escapes_and_hides_no_other(tmp_path):
+    url = str(tmp_path / "x.tar")
+    write_tar(url, iter([("a", {"png": b"p", "caf\udce9": b"x", "txt": b"A cat."})]))
+    assert make_index(url)
+    assert [place.extension for place in read_index(url)] == ["png", r"caf\udce9", "txt"]
+    assert [place[3:] for place in read_index(url)] == [place[3:] for place in member_places(url)]
+    assert not make_index(url)
+    assert len(scan_shard(url, needs_pairs=False)) == 1
+
+
 def test_a_scan_with_an_index_reads_nothing_of_the_tar(tar):
     expected = scan_shard(tar, needs_pairs=True)
     Path(tar).write_bytes(bytes(Path(tar).stat().st_size))

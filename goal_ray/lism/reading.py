@@ -16,7 +16,7 @@ from goal_ray.lism.time_limit import run_within
 from goal_ray.lism.work import Work
 from goal_ray.sentences import split_sentences
 from goal_ray.shard_urls import shard_name
-from goal_ray.tars import Sample, stream_samples
+from goal_ray.tars import TWO_PLACES, Sample, stream_samples
 from goal_ray.timing import measure
 
 GROUP_BYTES = 128 * 2**20  # of pixels; a block holds one group
@@ -75,13 +75,17 @@ def read_items(url: str, config: LismConfig, watch: ReadingWatch, selection: Sel
     Raises whatever the storage raises, and ShardError for damage where the tar was whole when the selection was made.
     """
     number = 0
+    # Hashes of the keys, also of samples that are not selected: what is bad does not depend on the selection.
+    seen: set[int] = set()
     try:
         for sample in stream_samples(url, lambda number: number in selection and watch.begin(number)):
             item = Item(number, printable(sample.key), sum(map(len, sample.members.values())))
             if number in watch.left_out:
                 yield item.failed("decode", fatal())
             elif number in selection:
-                yield decode(item, sample, config)
+                twice = hash(sample.key) in seen
+                yield item.failed("decode", ShardError(TWO_PLACES)) if twice else decode(item, sample, config)
+            seen.add(hash(sample.key))
             number += 1
     except ShardError as error:
         if number not in selection:

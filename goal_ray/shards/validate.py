@@ -2,7 +2,7 @@
 
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -18,8 +18,9 @@ from goal_ray.tar_places import reading_headers
 from goal_ray.tars import (
     CAPTION_EXTENSION,
     IMAGE_EXTENSIONS,
-    LARGEST_MEMBER_BYTES,
     PAIRS_EXTENSION,
+    TWO_PLACES,
+    Gathering,
     Member,
     Sample,
     image_extension,
@@ -91,10 +92,7 @@ def check_shard(shard: str, headers_only: bool, max_pixels: int) -> Checked:
                         sample.key, f"the extension .{extension} is not in lower case; `goal-ray shards make` mends it"
                     )
                 if sample.key in keys:
-                    tell(
-                        sample.key,
-                        "the key stands at two places of the tar; put its members side by side, or rename one",
-                    )
+                    tell(sample.key, TWO_PLACES)
                 keys.add(sample.key)
                 for problem in sample_problems(sample, None if headers_only else max_pixels):
                     tell(sample.key, problem)
@@ -121,7 +119,7 @@ def samples_and_strays(tar: tarfile.TarFile, headers_only: bool) -> Iterator[tup
     Of a sample's members only those that the contract speaks of are read; with `headers_only` none. What is not read
     is one byte long here, or empty where it is empty.
     """
-    current: Sample | None = None
+    current: Gathering | None = None
     number, odd = -1, list[str]()
     for member in iter_members(tar):
         if member.sample < 0:
@@ -130,20 +128,19 @@ def samples_and_strays(tar: tarfile.TarFile, headers_only: bool) -> Iterator[tup
             continue
         if member.sample != number:
             if current is not None:
-                yield current, odd
-            current, number, odd = Sample(member.key, {}), member.sample, []
+                yield current.sample(), odd
+            current, number, odd = Gathering(member.key), member.sample, []
         assert current is not None
-        if member.extension in _READ and member.info.size > LARGEST_MEMBER_BYTES:
-            current = replace(current, too_large=(*current.too_large, member.extension))
-            continue
-        read = not headers_only and member.extension in _READ
-        data = read_member(tar, member.info) if read else b"?"[: member.info.size]
-        current = current.with_member(member.extension, data)
+        if not headers_only and member.extension in _READ:
+            read = partial(read_member, tar, member.info)
+        else:
+            read = partial(bytes, min(1, member.info.size))
+        current.add(member.extension, member.info.size, read)
         written = member.info.name.rpartition("/")[2].partition(".")[2]
         if written != member.extension:
             odd.append(written)
     if current is not None:
-        yield current, odd
+        yield current.sample(), odd
 
 
 def stray_problem(member: Member) -> str:

@@ -123,7 +123,7 @@ def bad_members() -> list[tuple[str, bytes | None]]:
 def write_mixed(folder: Path) -> None:
     """A folder of tars in which everything happens; MIXED tells what must come of it."""
     write_members(folder / "odd näme 1.tar", odd_but_good())
-    write_members(folder / "mixed.tar", [*good("first"), *bad_members(), *good("last")])
+    write_members(folder / "mixed.tar", [*good("first"), *bad_members(), *good("last"), *good("first", seed=1)])
     write_members(folder / "all-bad.tar", bad_members())
     write_members(folder / "many.tar", [member for n in range(11) for member in good(f"{n:04}", seed=n)])
     write_members(folder / "cut.tar", [member for n in range(3) for member in good(f"c{n}", seed=n)])
@@ -137,11 +137,12 @@ def write_mixed(folder: Path) -> None:
 
 
 READ_FAILURE = ("read", "corrupt or truncated")
+TWICE = ("decode", "the key stands at two places of the tar")
 REASONS = {key: (stage, reason) for key, (_, stage, reason) in BAD.items()}
 # tar -> (keys that must be paired, in order; key -> (stage, part of the reason) of what must be in the quarantine)
 MIXED: dict[str, tuple[list[str], dict[str, tuple[str, str]]]] = {
     "odd näme 1.tar": (list(GOOD), {}),
-    "mixed.tar": (["first", "last"], REASONS),
+    "mixed.tar": (["first", "last"], {**REASONS, "first": TWICE}),
     "all-bad.tar": ([], REASONS),
     "many.tar": ([f"{n:04}" for n in range(11)], {}),
     "cut.tar": (["c0", "c1"], {"c2": READ_FAILURE}),

@@ -245,6 +245,14 @@ def test_where_members_were_written_is_where_a_reader_finds_them(tmp_path):
     assert written.size_bytes == size_bytes(target)
 
 
+def test_a_shard_with_an_extension_that_is_not_utf8_is_finished_with_its_index(tmp_path, folder):
+    shard = str(tmp_path / "a.tar")
+    write_members(Path(shard), [*good("a"), ("a.caf\udce9", b"x")])
+    folder.finish(shard, {0: b"{}"}, [], counted(shard, 1, 0))
+    assert set(folder.finished({shard: size_bytes(shard)})) == {shard}
+    assert len(read_index(folder.tar(shard))) == 4
+
+
 def test_the_index_of_a_finished_shard_is_renewed_with_its_tar(shard, folder):
     for pairs in ({0: b"{}", 1: b"{}", 2: b"{}"}, {1: b'{"again": 1}'}):
         counts = counted(shard, len(pairs), 3 - len(pairs))

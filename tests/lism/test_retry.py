@@ -120,6 +120,17 @@ def test_only_selected_samples_are_decoded_and_they_keep_their_numbers(five):
     assert groups[-1].count == 3
 
 
+@pytest.mark.parametrize("selection", [ALL, Selection(frozenset([2, 4])), Selection(frozenset(), onwards=2)])
+def test_a_key_at_two_places_is_bad_at_the_later_one_whichever_samples_are_selected(tmp_path, selection):
+    members = [*BROKEN, *good("b"), *[(name.replace("b.", "broken."), data) for name, data in good("b", 1)]]
+    write_members(tmp_path / "x.tar", [*members, *good("c"), *good("b", 2)])
+    items = list(read_items(str(tmp_path / "x.tar"), CONFIG, ReadingWatch(Strikes(), 0, 16), selection))
+    assert [item.number for item in items] == [number for number in range(5) if number in selection]
+    twice = [item.number for item in items if item.problem is not None and "two places" in item.problem.reason]
+    assert twice == [2, 4]
+    assert {item.problem.stage for item in items if item.number in twice} == {"decode"}
+
+
 def test_damage_where_the_tar_was_whole_before_is_no_bad_sample(five):
     five.write_bytes(five.read_bytes()[:3000])
     watch = ReadingWatch(Strikes(), 0, 16)

@@ -58,8 +58,20 @@ def test_coco_images_without_captions_and_annotations_without_images_are_listed(
 
 def test_ids_that_can_name_nothing_are_listed(tmp_path):
     images = [{"id": 1, "file_name": "a.jpg"}, {"id": [2], "file_name": "b.jpg"}]
+    images += [{"id": None, "file_name": "c.jpg"}, {"file_name": "d.jpg"}]
     annotations = [{"image_id": 1.0, "caption": "x"}, {"image_id": {"no": 1}, "caption": "y"}]
+    annotations += [{"image_id": None, "caption": "x"}, {"caption": "y"}]
     folder = coco(tmp_path / "coco", images, annotations)
     make(folder / "captions.json", tmp_path / "out", images=str(folder / "train"))
     assert list(samples_in(tmp_path / "out")) == ["a"]
-    assert skipped(tmp_path / "out") == [("", "bad row"), ("", "bad row")]
+    assert skipped(tmp_path / "out") == [("", "bad row")] * 6
+
+
+def test_captions_that_are_no_text_are_listed_and_numbers_are_text(tmp_path):
+    told = [2024, 1.5, None, float("nan"), False, {"en": "x"}, ["x"]]
+    images = [{"id": number, "file_name": f"{number}.jpg"} for number in range(len(told))]
+    annotations = [{"image_id": number, "caption": caption} for number, caption in enumerate(told)]
+    folder = coco(tmp_path / "coco", images, annotations)
+    make(folder / "captions.json", tmp_path / "out", images=str(folder / "train"))
+    assert [members["txt"] for members in samples_in(tmp_path / "out").values()] == [b"2024", b"1.5"]
+    assert [kind for _, kind in skipped(tmp_path / "out")] == ["no caption"] * 2 + ["bad caption"] * 3

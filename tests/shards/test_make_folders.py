@@ -2,6 +2,7 @@
 
 import os
 
+import fsspec
 from shard_inputs import CAPTION, JPEG, PNG, WEBP, make, put, samples_in, skipped
 
 
@@ -111,3 +112,13 @@ def test_file_names_that_are_not_utf8_keep_their_bytes(tmp_path):
     make(source, tmp_path / "out")
     assert list(samples_in(tmp_path / "out")) == ["caf\udce9"]
     assert skipped(tmp_path / "out") == [("caf\udce9", "not a picture")]
+
+
+def test_objects_that_mark_folders_of_an_object_store_are_no_candidates(s3, tmp_path):
+    store = fsspec.filesystem("s3")
+    for key in ("in/", "in/deep/"):
+        store.call_s3("put_object", Bucket=s3.removeprefix("s3://"), Key=key, Body=b"")
+    store.pipe({f"{s3}/in/a.png": PNG, f"{s3}/in/a.txt": b"x", f"{s3}/in/deep/b.png": PNG, f"{s3}/in/deep/b.txt": b"x"})
+    make(f"{s3}/in", tmp_path / "out")
+    assert list(samples_in(tmp_path / "out")) == ["a", "deep/b"]
+    assert skipped(tmp_path / "out") == []

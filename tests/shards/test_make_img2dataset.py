@@ -27,7 +27,7 @@ def fields(key, status="success"):
 def test_img2dataset_tars_and_the_failures_in_their_tables(tmp_path):
     source = tmp_path / "laion"
     members = [("000000000.jpg", PNG), ("000000000.txt", b"c"), ("000000000.json", fields("000000000"))]
-    failed = [("000000005.jpg", PNG), ("000000005.txt", b"c"), ("000000005.json", fields("x", "failed_to_resize"))]
+    failed = [("000000005.txt", b"c"), ("000000005.json", fields("x", "failed_to_resize"))]
     write_members(source / "00000.tar", [*members, *failed])
     write_members(source / "00001.tar", [("000010000.jpg", JPEG), ("000010000.txt", b"c"), ("000010000.cls", b"5")])
     img2dataset_table(source / "00000.parquet", [*STATUS, ("000000005", "failed_to_resize", "x")])
@@ -48,14 +48,23 @@ def test_img2dataset_files_and_the_failures_in_their_tables(tmp_path):
     source = tmp_path / "laion"
     for key in ("000000000", "000000002"):
         put(source / "00000", {f"{key}.jpg": JPEG, f"{key}.txt": "c", f"{key}.json": fields(key)})
-    put(source / "00001", {"000010000.jpg": JPEG, "000010000.txt": "c", "000010000.json": fields("k", "failed")})
     img2dataset_table(source / "00000.parquet", STATUS)
-    img2dataset_table(source / "00001.parquet", [])
     put(source, {"00000_stats.json": "{}"})
     make(source, tmp_path / "out")
     assert list(samples_in(tmp_path / "out")) == ["000000000", "000000002"]
     assert samples_in(tmp_path / "out")["000000002"]["json"] == fields("000000002")
-    assert skipped(tmp_path / "out") == [("000000001", "failed download"), ("000010000", "failed download")]
+    assert skipped(tmp_path / "out") == [("000000001", "failed download")]
+
+
+def test_a_picture_that_is_there_was_downloaded_whatever_status_its_json_tells(tmp_path):
+    members = {"a.jpg": JPEG, "a.txt": b"c", "a.json": b'{"status": "approved"}'}
+    write_members(tmp_path / "tars" / "00000.tar", list(members.items()))
+    put(tmp_path / "files" / "00000", members)
+    img2dataset_table(tmp_path / "files" / "00000.parquet", [("a", "success", None)])
+    for source in ("tars", "files"):
+        make(tmp_path / source, tmp_path / "out" / source)
+        assert list(samples_in(tmp_path / "out" / source)) == ["a"]
+        assert skipped(tmp_path / "out" / source) == []
 
 
 def test_what_an_interrupted_img2dataset_left_is_told_of(tmp_path):

@@ -2,6 +2,8 @@
 
 import csv
 import datetime
+import errno
+import io
 import json
 
 import pyarrow as pa
@@ -9,7 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from shard_inputs import CAPTION, JPEG, PNG, WEBP, make, put, samples_in, skipped
 
-from goal_ray.errors import GoalRayError
+from goal_ray.errors import GoalRayError, StageError
+from goal_ray.shards.sources.candidate import Unusable, caption_text
+from goal_ray.shards.sources.lists import parquet_rows
 
 ROWS = [
     {"image": "p/a.png", "caption": 'A "quoted", long\ncaption.', "views": 3},
@@ -174,3 +178,97 @@ def test_parquet_may_hold_the_pictures_themselves(tmp_path):
     assert list(made) == ["x/a", "part-1-000000002", "part-2-000000001"]
     assert [sorted(members)[-2:] for members in made.values()] == [["png", "txt"], ["json", "txt"], ["txt", "webp"]]
     assert json.loads(made["x/a"]["json"]) == {"when": "2024-05-01"}
+
+
+def test_captions_that_are_no_text_are_listed_and_numbers_are_text(tmp_path):
+    told = [2024, 1.5, ["One", None, 2], float("nan"), [], True, {"en": "x"}, [["x"]]]
+    put(tmp_path, {f"{number}.png": PNG for number in range(len(told))})
+    rows = [{"image": f"{number}.png", "caption": caption} for number, caption in enumerate(told)]
+    WRITERS["jsonl"](tmp_path / "list.jsonl", rows)
+    make(tmp_path / "list.jsonl", tmp_path / "out")
+    assert [members["txt"] for members in samples_in(tmp_path / "out").values()] == [b"2024", b"1.5", b"One. 2."]
+    assert [kind for _, kind in skipped(tmp_path / "out")] == ["no caption"] * 2 + ["bad caption"] * 3
+
+
+def test_a_column_of_numbers_in_parquet_is_text(tmp_path):
+    put(tmp_path, {"0.png": PNG, "1.png": PNG})
+    WRITERS["parquet"](tmp_path / "x.parquet", [{"image": "0.png", "text": 2024}, {"image": "1.png", "text": None}])
+    make(tmp_path / "x.parquet", tmp_path / "out")
+    assert [members["txt"] for members in samples_in(tmp_path / "out").values()] == [b"2024"]
+    assert skipped(tmp_path / "out") == [("1", "no caption")]
+
+
+@pytest.mark.parametrize("value", [b"bytes", datetime.date(2024, 5, 1), True, (1, 2)])
+def test_what_is_no_caption_is_named_by_its_type(value):
+    with pytest.raises(Unusable, match=type(value).__name__) as refusal:
+        caption_text(value)
+    assert refusal.value.kind == "bad caption"
+
+
+@pytest.mark.parametrize(
+    ("parts", "keys"),
+    [
+        (["in/train.part0", "in/train.part1"], ["train%2Epart0-000000001", "train%2Epart1-000000001"]),
+        (["in/2023/x", "in/2024/en/x"], ["2023/x-000000001", "2024/en/x-000000001"]),
+        (["in/2023/x", "in/2024/x", "in/2024/y"], ["2023/x-000000001", "2024/x-000000001", "y-000000001"]),
+    ],
+)
+def test_pictures_in_different_lists_have_different_keys(tmp_path, parts, keys):
+    for part in parts:
+        (tmp_path / part).parent.mkdir(parents=True, exist_ok=True)
+        WRITERS["parquet"](tmp_path / f"{part}.parquet", [{"image": PNG, "text": part}])
+    make(f"{tmp_path}/{{{','.join(parts)}}}.parquet", tmp_path / "out")
+    assert {key: members["txt"].decode() for key, members in samples_in(tmp_path / "out").items()} == dict(
+        zip(keys, parts, strict=True)
+    )
+
+
+def test_a_value_that_python_cannot_hold_costs_just_its_row(tmp_path):
+    put(tmp_path, {f"{number}.png": PNG for number in range(4)})
+    texts = pa.Array.from_buffers(
+        pa.string(), 4, [None, pa.array(range(5), pa.int32()).buffers()[1], pa.py_buffer(b"ab\xffd")]
+    )
+    days = pa.array([0, -800_000, 0, 0], pa.int32()).cast(pa.date32())
+    table = pa.table({"image": [f"{number}.png" for number in range(4)], "text": texts, "day": days})
+    pq.write_table(table, tmp_path / "x.parquet")
+    make(tmp_path / "x.parquet", tmp_path / "out")
+    assert list(samples_in(tmp_path / "out")) == ["0", "3"]
+    assert [kind for _, kind in skipped(tmp_path / "out")] == ["bad row", "bad row"]
+
+
+@pytest.mark.parametrize("damage", ["footer", "data"])
+def test_a_damaged_parquet_file_is_named(tmp_path, damage):
+    WRITERS["parquet"](tmp_path / "x.parquet", [{"image": f"{n}.png", "text": f"text {n}"} for n in range(500)])
+    data = (tmp_path / "x.parquet").read_bytes()
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    start, end = {"footer": (footer, len(data) - 8), "data": (4, footer)}[damage]
+    (tmp_path / "x.parquet").write_bytes(data[:start] + b"\xff" * (end - start) + data[end:])
+    with pytest.raises(StageError, match=r"x\.parquet: not a readable Parquet file"):
+        make(tmp_path / "x.parquet", tmp_path / "out")
+
+
+class Failing(io.BytesIO):
+    """A file whose storage fails."""
+
+    def __init__(self, error):
+        super().__init__(bytes(100))
+        self.error = error
+
+    def read(self, *_):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "broken disk"), ConnectionError("no route")])
+def test_a_storage_that_fails_under_a_parquet_file_is_no_damage(error):
+    with pytest.raises(type(error), match=error.args[-1]):
+        list(parquet_rows("x.parquet", Failing(error)))
+
+
+def test_columns_are_told_by_the_first_good_row_however_many_bad_ones_are_before_it(tmp_path):
+    put(tmp_path, {"a.png": PNG, "b.png": PNG})
+    bad = ["{broken", "{}", "[1]"] * 50
+    good = [json.dumps({"image": f"{name}.png", "caption": CAPTION}) for name in "ab"]
+    put(tmp_path, {"list.jsonl": "\n".join([*bad, *good])})
+    make(tmp_path / "list.jsonl", tmp_path / "out")
+    assert list(samples_in(tmp_path / "out")) == ["a", "b"]
+    assert skipped(tmp_path / "out") == [("", "bad row")] * 150

@@ -1,10 +1,15 @@
 """`shards make` tells what a source is, and refuses what is none."""
 
 import tarfile
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
+import aiohttp
 import pytest
 from shard_inputs import CAPTION, PNG, make, put, samples_in, skipped, write_members
 
+from goal_ray import storage
 from goal_ray.errors import GoalRayError
 from goal_ray.shards.sources.detect import SourceSettings, open_source, tell_kind
 
@@ -73,3 +78,63 @@ def test_a_wrong_images_folder_ends_the_run_after_a_hundred_pictures(tmp_path):
 def test_opening_a_source_reads_no_picture(tmp_path):
     kind, source = open_source(SourceSettings(str(put(tmp_path, {"a.png": b"", "a.txt": b""}))))
     assert (kind, len(source.parts)) == ("folder", 1)
+
+
+def test_refused_access_to_a_store_ends_the_run_and_renewed_credentials_go_on(s3, tmp_path, monkeypatch):
+    put(tmp_path / "in", {"list.csv": f"image,caption\n{s3}/a.png,x\n{s3}/none.png,x\n"})
+    storage.write_bytes(f"{s3}/a.png", PNG)
+
+    async def refuse(*_, **__):
+        raise PermissionError("The provided token has expired.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("s3fs.S3FileSystem._call_s3", refuse)
+        with pytest.raises(PermissionError, match=r"s3://.*/a\.png: .*token has expired.*renew the credentials"):
+            make(tmp_path / "in" / "list.csv", tmp_path / "out")
+    make(tmp_path / "in" / "list.csv", tmp_path / "out")
+    assert len(samples_in(tmp_path / "out")) == 1
+    assert [kind for _, kind in skipped(tmp_path / "out")] == ["unreadable"]
+
+
+@pytest.fixture
+def web():
+    """The address of a server whose `/STATUS/` answers so each time, and `/STATUS-once/` only the first time."""
+    met = Counter()
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, _, once = self.path.split("/")[1].partition("-")
+            met[self.path] += 1
+            self.send_response(200 if once and met[self.path] > 1 else int(status))
+            self.end_headers()
+            self.wfile.write(PNG)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    Thread(target=server.serve_forever).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def listed(folder, *urls):
+    """A list of pictures somewhere else."""
+    return put(folder, {"list.csv": "image,caption\n" + "".join(f"{url},x\n" for url in urls)}) / "list.csv"
+
+
+def test_a_dead_link_costs_its_row_and_a_server_that_is_busy_is_asked_again(web, tmp_path):
+    statuses = ("200", "404", "403", "410", "503-once", "429-once")
+    make(listed(tmp_path / "in", *(f"{web}/{status}/a.png" for status in statuses)), tmp_path / "out")
+    assert [key.split("/")[1] for key in samples_in(tmp_path / "out")] == ["200", "503-once", "429-once"]
+    assert [kind for _, kind in skipped(tmp_path / "out")] == ["unreadable"] * 3
+
+
+@pytest.mark.parametrize(
+    ("place", "error"), [("{web}/503/a.png", aiohttp.ClientResponseError), ("http://127.0.0.1:1/a.png", OSError)]
+)
+def test_a_server_that_stays_away_ends_the_run(web, tmp_path, monkeypatch, place, error):
+    monkeypatch.setattr(storage, "PATIENCE_S", 0.2)
+    with pytest.raises(error):
+        make(listed(tmp_path / "in", place.format(web=web)), tmp_path / "out")

@@ -203,7 +203,10 @@ def test_a_failing_storage_is_no_violation(tmp_path):
 
 
 def test_a_member_that_is_too_large_is_a_violation_and_not_read(tmp_path, monkeypatch):
-    for module in ("goal_ray.shards.validate", "goal_ray.tars"):
-        monkeypatch.setattr(f"{module}.LARGEST_MEMBER_BYTES", 2000)
-    write_members(tmp_path / "x.tar", [("k.png", picture()), ("k.txt", b"x" * 2001)])
-    assert ["member .txt has more than 2000 bytes" in str(one) for one in violations(tmp_path)] == [True]
+    monkeypatch.setattr("goal_ray.tars.LARGEST_MEMBER_BYTES", 4000)
+    write_members(tmp_path / "x.tar", [("k.png", picture()), ("k.txt", b"x" * 4001)])
+    write_members(tmp_path / "y.tar", [*good("l"), ("l.npy", b"x" * 500), ("l.mp4", b"x" * 2500)])
+    for headers_only in (False, True):
+        large, together = violations(tmp_path, headers_only)
+        assert "'k' takes more than 4000 bytes, up to and with its member .txt" in str(large)
+        assert "'l' takes more than 4000 bytes, up to and with its member .mp4" in str(together)

@@ -1,14 +1,18 @@
 """A candidate for a sample, as every kind of source yields it, and what can be wrong with one."""
 
 import errno
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import pydantic_core
 from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
 
 from goal_ray.errors import StageError
+from goal_ray.storage import is_refused, patiently, protocols
 
 Kind = Literal[
     "bad caption",
@@ -86,15 +90,37 @@ def stem_and_suffix(path: str) -> tuple[str, str]:
 
 def read_file(fs: AbstractFileSystem, path: str, what: str) -> bytes:
     """The bytes of a file. Raises Unusable for a file that cannot be had; a failing storage's error passes through."""
+    read = partial(fs.cat_file, path)
+    local = isinstance(fs, LocalFileSystem)
     try:
-        return bytes(fs.cat_file(path))
-    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError) as error:
-        problem: Exception = error
-    except OSError as error:
-        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+        return bytes(read() if local else patiently(read, fs.unstrip_protocol(path)))
+    except Exception as error:
+        if isinstance(error, PermissionError) and not local:
+            # Of credentials that expired: it says nothing against the file.
+            raise PermissionError(
+                f"{fs.unstrip_protocol(path)}: access is refused: {error}; renew the credentials, or allow listing, "
+                "since S3 says the same of what is missing; then run the same command again"
+            ) from error
+        if not is_missing(error) and not ("http" in protocols(fs) and is_refused(error)):
             raise
         problem = error
     raise Unusable("unreadable", f"the {what} cannot be read: {type(problem).__name__}: {problem}")
+
+
+def is_missing(error: Exception) -> bool:
+    """Whether the error says that no file can be read at this path, whatever becomes of its storage."""
+    kinds = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
+    numbers = (errno.ENAMETOOLONG, errno.ELOOP)
+    return isinstance(error, kinds) or (isinstance(error, OSError) and error.errno in numbers)
+
+
+def caption_text(value: Any) -> str | None:
+    """A caption as a list or a COCO file holds it, as text; None for none. Raises Unusable for what is no caption."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        return str(value)
+    raise Unusable("bad caption", f"the caption is no text but a value of type {type(value).__name__}")
 
 
 def one_caption(captions: Sequence[str], several: Literal["join", "first"]) -> bytes | None:

@@ -11,6 +11,7 @@ from goal_ray.shards.sources.candidate import (
     Candidate,
     Found,
     Unusable,
+    caption_text,
     fields_json,
     one_caption,
     stem_and_suffix,
@@ -31,13 +32,13 @@ class CocoSource:
     def candidates(self, part: str) -> Iterator[Candidate]:
         """One candidate per image, then one for every annotation that has no image."""
         images, annotations = read_coco(part)
-        captions: defaultdict[Any, list[str]] = defaultdict(list)
+        captions: defaultdict[Any, list[Any]] = defaultdict(list)
         for number, annotation in enumerate(annotations):
             image_id = annotation.get("image_id")
-            if not isinstance(image_id, Hashable):
+            if not can_be_id(image_id):
                 yield Candidate("", f"annotations[{number}]", Unusable("bad row", f"it has image_id = {image_id!r}"))
                 continue
-            captions[image_id].append(str(annotation.get("caption") or ""))
+            captions[image_id].append(annotation.get("caption"))
         for number, image in enumerate(images):
             origin = f"images[{number}]"
             name = image.get("file_name")
@@ -45,7 +46,7 @@ class CocoSource:
                 yield Candidate("", origin, Unusable("bad row", f"it has file_name = {name!r}"))
                 continue
             image_id = image.get("id")
-            if not isinstance(image_id, Hashable):
+            if not can_be_id(image_id):
                 yield Candidate("", f"{origin} {name}", Unusable("bad row", f"it has id = {image_id!r}"))
                 continue
             load = partial(self._load, name, captions.pop(image_id, []), image)
@@ -54,11 +55,17 @@ class CocoSource:
             reason = f"{len(lost)} annotations name the image_id {image_id!r}, which is not among the images left"
             yield Candidate("", f"image_id {image_id!r}", Unusable("no picture", reason))
 
-    def _load(self, name: str, captions: list[str], image: dict[str, Any]) -> Found:
+    def _load(self, name: str, told: list[Any], image: dict[str, Any]) -> Found:
+        captions = [text for text in map(caption_text, told) if text is not None]
         fields = {name: value for name, value in image.items() if name != "file_name"}
         if len(captions) > 1:
             fields["captions"] = captions
         return Found(read_listed(self._images, name), one_caption(captions, self._several), fields_json(fields))
+
+
+def can_be_id(value: Any) -> bool:
+    """Whether a value can say which image an annotation is of."""
+    return value is not None and isinstance(value, Hashable)
 
 
 def read_coco(url: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -52,8 +52,12 @@ def list_folder(fs: AbstractFileSystem, path: str) -> tuple[list[str], list[str]
     files: list[str] = []
     folders: list[str] = []
     for entry in fs.ls(path, detail=True):
-        name = entry["name"].rstrip("/").rsplit("/", 1)[-1]
+        whole = entry["name"].rstrip("/")
+        name = whole.rsplit("/", 1)[-1]
         if not name or name.startswith("."):
+            continue
+        # An empty object that marks a folder of an object store, as its web console makes one.
+        if entry["type"] == "file" and (entry["name"] != whole or whole == path.rstrip("/")):
             continue
         is_folder = entry["type"] == "directory" or (entry["type"] != "file" and fs.isdir(entry["name"]))
         (folders if is_folder else files).append(name)

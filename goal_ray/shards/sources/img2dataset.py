@@ -4,7 +4,7 @@ Keys stay those of img2dataset. Its other format, Parquet tables that hold the p
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 from goal_ray.errors import ShardError, StageError
@@ -12,7 +12,7 @@ from goal_ray.shards.sources.candidate import Candidate, Found, Kind, Unusable
 from goal_ray.shards.sources.folder import beside_each_other, list_folder
 from goal_ray.shards.sources.lists import rows
 from goal_ray.storage import exists, file_system
-from goal_ray.tars import CAPTION_EXTENSION, Sample, image_extension, stream_samples
+from goal_ray.tars import CAPTION_EXTENSION, IMAGE_EXTENSIONS, Sample, image_extension, stream_samples
 
 FAILED: Kind = "failed download"
 
@@ -56,33 +56,27 @@ class FilesSource:
         keys = set()
         for found in beside_each_other(fs, path, "", list_folder(fs, path)[0]):
             keys.add(found.key)
-            content = found.content if isinstance(found.content, Unusable) else partial(load_downloaded, found.content)
-            yield Candidate(found.key, f"{name}/{found.origin}", content)
+            yield Candidate(found.key, f"{name}/{found.origin}", found.content)
         yield from table_says(f"{part}.parquet", name, keys)
 
 
 def load_sample(sample: Sample) -> Found:
     """What a tar holds for a sample."""
-    check_status(sample.members.get("json"))
     try:
         sample.check_sizes()
     except ShardError as error:
         raise Unusable("too large", str(error)) from None
     if sample.repeated:
         raise Unusable("repeated members", f"more than one .{' and .'.join(sample.repeated)} stand under this key")
+    # Where there is a picture, the `status` of a .json is any other program's.
+    if not sample.members.keys() & set(IMAGE_EXTENSIONS):
+        check_status(sample.members.get("json"))
     try:
         picture = image_extension(sample.key, sample.members)
     except ShardError as error:
         raise Unusable("no picture", str(error)) from None
     others = {name: data for name, data in sample.members.items() if name not in (picture, CAPTION_EXTENSION)}
     return Found(sample.members[picture], sample.members.get(CAPTION_EXTENSION), others)
-
-
-def load_downloaded(load: Callable[[], Found]) -> Found:
-    """What stands among the files, unless the .json says that the download failed."""
-    found = load()
-    check_status(found.others.get("json"))
-    return found
 
 
 def check_status(data: bytes | None) -> None:

@@ -3,9 +3,10 @@
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -16,6 +17,7 @@ from goal_ray.shards.sources.candidate import (
     Candidate,
     Found,
     Unusable,
+    caption_text,
     choose_column,
     fields_json,
     one_caption,
@@ -59,18 +61,28 @@ class ListSource:
         quotes: bool,
     ):
         self.parts = list(urls)
+        self._names = telling_names(self.parts)
         self._images, self._columns, self._several, self._quotes = images, columns, several, quotes
 
     def candidates(self, part: str) -> Iterator[Candidate]:
         """One candidate per row."""
         folder = self._images or part.rpartition("/")[0] or "."
         found = rows(part, self._quotes)
+        list_name = part.rsplit("/", 1)[-1]
+        head: list[tuple[int, Row | Unusable]] = []
+        for number, row in found:
+            if not isinstance(row, Unusable):
+                head = [(number, row)]
+                break
+            yield Candidate("", f"{list_name} row {number}", row)
+        if not head:
+            return
         # Rows of JSON may leave columns out, so the names are those of many.
-        head = list(islice(found, _HEAD_ROWS))
+        head += islice(found, _HEAD_ROWS - 1)
         names = list(dict.fromkeys(name for _, row in head if not isinstance(row, Unusable) for name in row))
-        picture_column, caption_column, key_column = self._choose(names, part) if names else ("", "", None)
+        picture_column, caption_column, key_column = self._choose(names, part)
         for number, row in chain(head, found):
-            origin = f"{part.rsplit('/', 1)[-1]} row {number}"
+            origin = f"{list_name} row {number}"
             if isinstance(row, Unusable):
                 yield Candidate("", origin, row)
                 continue
@@ -80,9 +92,8 @@ class ListSource:
                 value = row.get(key_column)
                 key = tar_key("" if value is None else str(value))
             else:
-                stem = part.rsplit("/", 1)[-1].partition(".")[0]
                 value = row.get("key")
-                named = f"{stem}-{number:09d}" if value in (None, "") else str(value)
+                named = f"{self._names[part]}-{number:09d}" if value in (None, "") else str(value)
                 key = tar_key(stem_and_suffix(path)[0] if path else named)
             captions = row.get(caption_column)
             load = partial(self._load, folder, path, data, captions, rest)
@@ -99,13 +110,22 @@ class ListSource:
         )
 
     def _load(self, folder: str, path: str, data: bytes | None, captions: Any, rest: Row) -> Found:
-        told = captions if isinstance(captions, list) else [captions]
-        caption = one_caption([str(text) for text in told if text is not None], self._several)
+        told = map(caption_text, captions if isinstance(captions, list) else [captions])
+        caption = one_caption([text for text in told if text is not None], self._several)
         if data is None:
             if not path and rest.get("status", "success") != "success":  # img2dataset's
                 raise Unusable("failed download", str(rest.get("error_message") or rest["status"]))
             data = read_listed(folder, path)
         return Found(data, caption, fields_json(rest))
+
+
+def telling_names(urls: Sequence[str]) -> dict[str, str]:
+    """What to call each list: its name without its suffix, behind the folders that tell it from others of that name."""
+    paths = {url: stem_and_suffix(url)[0].split("/") for url in urls}
+    names = Counter(path[-1] for path in paths.values())
+    levels = zip(*(path[:-1] for path in paths.values()), strict=False)
+    common = sum(1 for _ in takewhile(lambda folders: len(set(folders)) == 1, levels))
+    return {url: path[-1] if names[path[-1]] == 1 else "/".join(path[common:]) for url, path in paths.items()}
 
 
 def path_and_bytes(value: Any) -> tuple[str, bytes | None]:
@@ -178,13 +198,28 @@ def json_rows(text: io.TextIOWrapper) -> Iterator[Row | Unusable]:
         except (ValueError, RecursionError) as error:
             yield Unusable("bad row", f"not JSON: {error}")
             continue
-        yield row if isinstance(row, dict) else Unusable("bad row", "not a JSON object")
+        yield row if isinstance(row, dict) and row else Unusable("bad row", "not a JSON object with anything in it")
 
 
-def parquet_rows(url: str, file: Any) -> Iterator[Row]:
+def parquet_rows(url: str, file: Any) -> Iterator[Row | Unusable]:
     """The rows of a Parquet file, in batches. Raises StageError for anything else."""
     try:
         for batch in pq.ParquetFile(file).iter_batches(batch_size=_BATCH_ROWS):
-            yield from batch.to_pylist()
-    except pa.ArrowInvalid as error:
+            yield from batch_rows(batch)
+    except (pa.ArrowException, OverflowError, ValueError, OSError) as error:
+        # Arrow's own OSError has no number and no type of its own; else the storage fails.
+        if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+            raise
         raise StageError(f"{url}: not a readable Parquet file: {error}") from None
+
+
+def batch_rows(batch: pa.RecordBatch) -> Iterator[Row | Unusable]:
+    """The rows of a batch. A value that Python cannot hold, as a date in the year 0, costs just its row."""
+    try:
+        yield from batch.to_pylist()
+    except (pa.ArrowException, OverflowError, ValueError) as error:
+        if batch.num_rows > 1:
+            for number in range(batch.num_rows):
+                yield from batch_rows(batch.slice(number, 1))
+        else:
+            yield Unusable("bad row", f"a value cannot be read: {type(error).__name__}: {error}")
