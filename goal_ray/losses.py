@@ -51,7 +51,7 @@ def contrastive_terms(features: Features, counts_R4: Tensor, kind: str) -> Tenso
 
     def contrast(left_BE: Tensor, right_BE: Tensor, counts: Sequence[int]) -> Tensor:
         if sum(counts) == 0:
-            return left_BE.sum()
+            return left_BE.sum() + right_BE.sum()  # 0, and no gradient is missing
         loss = clip_share if kind == "clip" else siglip_share
         return loss(left_BE, right_BE, scale, features.logit_bias, counts) * len(counts) / sum(counts)
 

@@ -103,6 +103,11 @@ def image_tower(clip: nn.Module) -> VisionTransformer:
         )
     if visual.image_size[0] != visual.image_size[1]:
         raise ModelError(f"the model reads {visual.image_size} pixels; only square input is supported")
+    if visual.image_size[0] % visual.patch_size[0]:
+        raise ModelError(
+            f"the model's {visual.image_size[0]} pixels are no multiple of its patches' {visual.patch_size[0]}: pixels at "
+            "the edge would belong to none"
+        )
     return visual
 
 
@@ -233,6 +238,11 @@ def load_model(config: ModelConfig, seed: int = 0) -> LoadedModel:
             reason = textwrap.shorten(f"{type(error).__name__}: {error}", 500)
             raise ModelError(f"cannot load model {config.name!r} (weights {config.weights!r}): {reason}") from error
     image_tower(clip), text_tower(clip)  # refuses towers that GOAL cannot read
+    padding = tokenizer.tokenizer.pad_token_id if isinstance(tokenizer, HFTokenizer) else 0
+    if padding and not text_tower(clip).causal:
+        raise ModelError(
+            f"{config.name}: its text tower sees padding, which its tokenizer writes as {padding}, not as 0"
+        )
     if config.context_length is not None:
         stretch_text(clip, config.context_length)
     model_cfg["text_cfg"]["context_length"] = text_tower(clip).positional_embedding.shape[0]

@@ -62,6 +62,19 @@ def test_chunks_have_the_terms_and_gradients_of_the_batch_at_once(tiny_clip, chu
     assert_equal_gradients({name: p.grad for name, p in loaded.clip.named_parameters()}, expected)
 
 
+def test_a_batch_without_any_pair_goes_through_in_chunks_too(tiny_clip):
+    loaded = load(tiny_clip)
+    batch = random_batch(loaded.tokenizer, seed=5)
+    pairs = ("crops_M3SS", "sentences_ML", "boxes_M4", "spans_M2", "sample_index_M")
+    batch = batch._replace(**{name: getattr(batch, name)[:0] for name in pairs})
+    terms_4, expected = at_once(tiny_clip, batch, CONFIG)
+    model = GoalModel(loaded.clip, CONFIG, MEAN, STD).double()
+    found_4 = in_chunks(model, batch, 2, CONFIG.weights(0))
+    assert torch.allclose(found_4, terms_4, rtol=1e-6)
+    assert terms_4[1:].tolist() == [0, 0, 0]
+    assert_equal_gradients({name: p.grad for name, p in loaded.clip.named_parameters()}, expected)
+
+
 def run_rank(rank: int, folder: str, tiny_clip: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     loaded = load(tiny_clip)

@@ -112,8 +112,8 @@ def test_plain_open_clip_loads_what_was_saved(tmp_path, name):
     assert torch.equal(again.clip.eval().encode_text(ids), loaded.clip.encode_text(ids))
 
 
-def write_tokenizer(folder):
-    """A Hugging Face tokenizer with a vocabulary of its own."""
+def write_tokenizer(folder, pad=0):
+    """A Hugging Face tokenizer with a vocabulary of its own, which pads with that id."""
     tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
     words = ["<pad>", "<s>", "</s>", "<unk>", "a", "red", "dog"]
     rust = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
@@ -122,7 +122,7 @@ def write_tokenizer(folder):
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
     transformers.PreTrainedTokenizerFast(
-        tokenizer_object=rust, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        tokenizer_object=rust, pad_token=words[pad], bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder)
     return str(folder)
 
@@ -173,6 +173,7 @@ def test_random_weights_follow_the_seed(tiny_clip):
     [
         ({"attentional_pool": True}, {}, {}, "attentional pooling"),
         ({"image_size": [32, 64]}, {}, {}, "only square"),
+        ({"image_size": 44}, {}, {}, "44 pixels are no multiple"),
         ({"patch_dropout": 0.5}, {}, {}, "patch dropout"),
         ({}, {"embed_cls": True}, {"custom_text": True}, "CLS token"),
         ({}, {"proj_bias": True}, {"custom_text": True}, "bias"),
@@ -182,6 +183,22 @@ def test_random_weights_follow_the_seed(tiny_clip):
 def test_towers_that_goal_cannot_read_are_refused(tmp_path, vision, text, extra, error):
     with pytest.raises(ModelError, match=error):
         load_model(ModelConfig(write_architecture(tmp_path, "odd", vision, text, **extra)))
+
+
+@pytest.mark.parametrize("pad", [0, 3])
+def test_a_tower_that_sees_padding_wants_the_padding_that_it_gets(tmp_path, pad):
+    """Texts are padded with 0 here, whatever the tokenizer does."""
+    text = {
+        "hf_tokenizer_name": write_tokenizer(tmp_path / "tokenizer", pad),
+        "no_causal_mask": True,
+        "pool_type": "eos",
+    }
+    architecture = write_architecture(tmp_path, text=text | {"eos_id": 2}, custom_text=True)
+    with pytest.raises(ModelError, match="writes as 3") if pad else nullcontext():
+        loaded = load_model(ModelConfig(architecture))
+        ids = loaded.tokenizer(["a red dog"])
+        ours = encode_text(loaded.clip.eval(), ids[:, :5]).pooled_BE
+        assert torch.allclose(ours, loaded.clip.encode_text(ids), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["no-such-model", "missing.json", "{folder}"])

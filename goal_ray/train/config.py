@@ -67,8 +67,13 @@ class OptimizerConfig:
             raise ValueError("lr must be a positive number")
         if not 0 < self.layer_decay <= 1:
             raise ValueError("layer_decay must be in (0, 1]; 1 is off")
-        if self.warmup_steps < 0 or self.clip_norm < 0 or self.weight_decay < 0:
-            raise ValueError("warmup_steps, clip_norm and weight_decay must not be negative")
+        if self.warmup_steps < 0:
+            raise ValueError("warmup_steps must not be negative")
+        for name in ("clip_norm", "weight_decay", "eps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number, and not negative")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError("betas must be in [0, 1)")
 
     def lr_factor(self, step: int, total_steps: int) -> float:
         """Share of the peak learning rate that step `step` (from 0) uses."""
@@ -191,8 +196,8 @@ class TrainConfig:
         if not 1 <= self.min_workers <= self.max_workers:
             raise ValueError("workers must be at least 1, or [min, max] with 1 <= min <= max")
         check_custom_resources("worker_resources", self.worker_resources)
-        if self.max_failures < 0:
-            raise ValueError("max_failures must not be negative")
+        if self.max_failures < 0 or self.seed < 0:
+            raise ValueError("max_failures and seed must not be negative")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError("max_steps must be at least 1, or empty for no limit")
         if self.chunk is not None and self.chunk < 2:

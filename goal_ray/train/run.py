@@ -160,6 +160,11 @@ def train_on_cluster(
     check_backend(config, use_gpu)
     check_evaluation(config, use_gpu)
     line.begin(first_step, total_steps)
+    if total_steps <= config.optimizer.warmup_steps:
+        line.say(
+            f"the learning rate rises to the end: {total_steps} steps are not more than "
+            f"optimizer.warmup_steps={config.optimizer.warmup_steps}; lower that"
+        )
     write_run(run_dir, config, {shard_name(url): count for url, count in zip(urls, counts, strict=True)})
     before = read_result(run_dir)
     if before and (first_step == total_steps or before.get("ending") == "early"):
