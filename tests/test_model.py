@@ -173,7 +173,7 @@ def test_random_weights_follow_the_seed(tiny_clip):
     [
         ({"attentional_pool": True}, {}, {}, "attentional pooling"),
         ({"image_size": [32, 64]}, {}, {}, "only square"),
-        ({"image_size": 44}, {}, {}, "44 pixels are no multiple"),
+        ({"image_size": 44}, {}, {}, "44 pixels, no multiple"),
         ({"patch_dropout": 0.5}, {}, {}, "patch dropout"),
         ({}, {"embed_cls": True}, {"custom_text": True}, "CLS token"),
         ({}, {"proj_bias": True}, {"custom_text": True}, "bias"),
