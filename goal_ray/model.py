@@ -105,8 +105,8 @@ def image_tower(clip: nn.Module) -> VisionTransformer:
         raise ModelError(f"the model reads {visual.image_size} pixels; only square input is supported")
     if visual.image_size[0] % visual.patch_size[0]:
         raise ModelError(
-            f"the model reads {visual.image_size[0]} pixels, no multiple of its patches' {visual.patch_size[0]}: those at "
-            "the edge would be in none"
+            f"the model reads {visual.image_size[0]} pixels, no multiple of its patches' {visual.patch_size[0]}: those "
+            "at the edge would be in none"
         )
     return visual
 

@@ -3,6 +3,7 @@
 No code from a file is run: safetensors, pickles with weights_only, and TorchScript archives read as data.
 """
 
+import difflib
 import json
 import logging
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from goal_ray.errors import ModelError
 from goal_ray.hf_config import open_clip_config, open_clip_preprocess
 from goal_ray.hf_weights import is_hf_layout, open_clip_weights
+from goal_ray.settings import ModelConfig
 from goal_ray.torchscript import is_torchscript, read_torchscript
 
 HF_CONFIG_FILE = "config.json"
@@ -28,6 +30,25 @@ HF_WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
 HF_PREPROCESS_FILES = ("preprocessor_config.json", "processor_config.json")
 OPENAI_NUMBERS = ("input_resolution", "context_length", "vocab_size")
 MASK = "attn_mask"  # open_clip makes it anew; an archive does not tell it from the weights
+
+
+def check_model(config: ModelConfig, key: str) -> None:
+    """Raises ModelError, by the config's `key`, for a model or weights that are nowhere; builds and reads nothing."""
+    name, weights = config.name, config.weights
+    if Path(name).is_dir():
+        return
+    if name.endswith(".json"):
+        if not Path(name).is_file():
+            raise ModelError(f"{key}.name: {name}: no such model config file")
+    elif open_clip.get_model_config(name) is None:
+        near = difflib.get_close_matches(name, open_clip.list_models(), 3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see open_clip.list_models()"
+        raise ModelError(f"{key}.name: {name!r} is no folder, no .json file and no architecture of open_clip; {hint}")
+    if weights and not Path(weights).is_file() and not open_clip.get_pretrained_cfg(name, weights):
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise ModelError(
+            f"{key}.weights: {weights!r} is no file here and no tag of {name} in open_clip (its tags: {tags})"
+        )
 
 
 def empty_model(name: str, **options: Any) -> nn.Module:

@@ -28,8 +28,9 @@ from goal_ray.lism.reading import Selection
 from goal_ray.lism.work import Work
 from goal_ray.ray_session import is_joined, ray_session
 from goal_ray.sentences import split_sentences
+from goal_ray.settings import ModelConfig
 from goal_ray.shard_urls import expand_shards, shard_name
-from goal_ray.storage import exists, join, read_bytes, resolved, sizes_bytes, write_bytes
+from goal_ray.storage import join, list_names, read_bytes, resolved, sizes_bytes, write_bytes
 
 RESULT_KEYS = ("proposer", "matcher", "language", "min_area", "max_area", "max_side_px")
 LIMIT_KEYS = ("max_pixels", "max_seconds_per_image")  # they only decide what is quarantined
@@ -49,12 +50,16 @@ def run_lism(source: str, target: str, config: LismConfig, retry_quarantined: bo
     shards = expand_shards(source)
     split_sentences("Refuses an unknown language before any work.", config.language)
     config.proposer.check()
+    check_matcher(config.matcher.model)
     target = target if "://" in target else os.path.abspath(target)
     folder = OutputFolder(target)
     taken = next((shard for shard in shards if resolved(folder.tar(shard)) == resolved(shard)), None)
     if taken is not None:
         raise StageError(f"the output would replace the input {taken}; write to another folder")
-    check_settings(target, config)
+    try:
+        check_settings(target, config)
+    except OSError as error:
+        raise StageError(f"{target}: cannot be used as a folder for pairs: {error}; use another OUT") from None
     folder.remove_abandoned()
     sizes = sizes_bytes(shards)
     finished = folder.finished(sizes)
@@ -70,22 +75,45 @@ def run_lism(source: str, target: str, config: LismConfig, retry_quarantined: bo
     return result
 
 
+def check_matcher(model: ModelConfig) -> None:
+    """Raises ModelError for a matcher that is nowhere, and StageError for one that knows nothing."""
+    from goal_ray.weights import check_model
+
+    check_model(model, "matcher.model")
+    if model.weights or os.path.isdir(model.name):
+        return
+    problem = "matcher.model.weights is empty: similarities by random weights would be noise; name a tag or a file"
+    if not model.name.endswith(".json"):
+        raise StageError(problem)
+    print(problem, file=sys.stderr)  # an architecture of one's own may be there to try things out
+
+
 def check_settings(target: str, config: LismConfig) -> None:
-    """Stores the settings that decide the result, or checks that the folder was made with the same."""
+    """Stores the settings that decide the result, or checks that the folder was made with the same.
+
+    Raises StageError for others, unless no shard was begun, and for a folder that holds something else.
+    """
     tree = to_tree(config)
     mine = {key: tree[key] for key in RESULT_KEYS}
     path = join(target, SETTINGS_FILE)
-    if exists(path):
+    names = list_names(target)
+    if SETTINGS_FILE not in names:
+        foreign = [name for name in names if name == "config.yaml" or name.endswith(".tar")]
+        if foreign:
+            raise StageError(
+                f"{target}: holds {foreign[0]} but no {SETTINGS_FILE}, so it is of another origin; use another OUT"
+            )
+    else:
         stored = json.loads(read_bytes(path))
         changed = [key for key in RESULT_KEYS if stored.get(key) != mine[key]]
-        if changed:
+        if changed and any(list_names(join(target, part)) for part in ("done", "quarantine")):
             raise StageError(
                 f"{target} was made with other settings ({', '.join(changed)}; see {path}); "
                 "use the same ones, or another folder"
             )
+    # The settings first: they tell whose folder it is.
+    write_bytes(path, json.dumps(mine, indent=2).encode())
     write_bytes(join(target, "config.yaml"), to_yaml(config).encode())
-    if not exists(path):
-        write_bytes(path, json.dumps(mine, indent=2).encode())
 
 
 def provenance(config: LismConfig) -> dict[str, Any]:

@@ -14,8 +14,9 @@ folder, STORAGE_PATH/NAME, gets config.yaml, metrics.jsonl, tensorboard/, checkp
 model/: a folder that plain open_clip loads as `local-dir:...`. With evaluation.shards every checkpoint is evaluated
 beside the training, and model/ is the best one.
 
-Workers that die are started again from the newest checkpoint. SIGTERM makes the run save a checkpoint and end; --resume
-goes on with it, as it does after a kill, mid-epoch, with the samples that an undisturbed run would have seen."""
+Workers that die are started again from the newest checkpoint. SIGTERM and Ctrl-C make the run save a checkpoint and
+end; --resume goes on with it, as it does after a kill, mid-epoch, with the samples that an undisturbed run would have
+seen."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -4,9 +4,11 @@ import json
 import os
 import shutil
 import signal
+import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -96,7 +98,7 @@ def train(config: TrainConfig, resume: bool | None = False) -> TrainResult:
 
     resume  whether the run is to go on; None: if it exists
 
-    SIGTERM makes it save a checkpoint and end with a StageError that says how to go on.
+    SIGTERM and Ctrl-C make it save a checkpoint and end with a StageError that says how to go on.
     """
     began = time.perf_counter()
     # Workers start in folders of their own: every local path they get must be absolute.
@@ -118,18 +120,38 @@ def train(config: TrainConfig, resume: bool | None = False) -> TrainResult:
     run_dir = Path(config.storage_path).absolute() / config.name
     resume = (run_dir / CONFIG_FILE).exists() if resume is None else resume
     check_run(run_dir, config, resume)
+    if resume and is_complete(run_dir, config):
+        print(f"{run_dir} is complete", file=sys.stderr)
+        return finished_run(run_dir)
+    from goal_ray.weights import check_model  # here: it takes seconds to import
+
+    check_model(config.model, "model")
+    check_room(run_dir)
     busy_cpus = config.max_workers + (config.evaluation.cpus if held_out else 0)
     with ProgressLine(config.name) as line:
         resume_from = newest_intact(run_dir, line.say) if resume else None
         remove_partial(run_dir)
         line.show("starting Ray")
         try:
-            with ray_session(busy_cpus), interruption() as interrupted:  # in this order: Ray sets a handler of its own
+            with (
+                ray_session(busy_cpus),
+                interruption(line.say) as interrupted,
+            ):  # in this order: Ray sets a handler of its own
                 train_on_cluster(config, urls, run_dir, resume_from, line, interrupted, began)
         except OSError as error:
             raise StageError(
                 f"{type(error).__name__}: {error}; run folder: {run_dir}; mend it, then go on with --resume"
             ) from error
+    return finished_run(run_dir)
+
+
+def is_complete(run_dir: Path, config: TrainConfig) -> bool:
+    """Whether a run has ended and was asked for nothing else since."""
+    return bool(read_result(run_dir)) and load_config(TrainConfig, run_dir / CONFIG_FILE) == config
+
+
+def finished_run(run_dir: Path) -> TrainResult:
+    """What a run has come to, its model exported."""
     result = read_result(run_dir)
     model_dir = export_model(best_checkpoint(run_dir), run_dir / EXPORT_FOLDER)
     cost = Cost.read(run_dir).line()
@@ -160,6 +182,8 @@ def train_on_cluster(
     check_backend(config, use_gpu)
     check_evaluation(config, use_gpu)
     line.begin(first_step, total_steps)
+    if resume_from is None and config.model.weights is None and not Path(config.model.name).is_dir():
+        line.say("model.weights is empty: the model starts from random weights")
     if total_steps <= config.optimizer.warmup_steps:
         line.say(
             f"the learning rate rises to the end: {total_steps} steps are not more than "
@@ -190,7 +214,8 @@ def train_on_cluster(
                 f"ended by a signal after step {step} of {total_steps}, which is saved; go on with --resume"
             )
         check_share(list(recorder.bad.values()), samples, config.data.max_bad_share)
-        line.show("evaluating")
+        if config.evaluation.shards is not None:
+            line.show("evaluating")
         if not evaluations.finish(line.tick, interrupted.is_set):
             raise StageError(f"ended by a signal before all {len(evaluations.needed)} evaluations; go on with --resume")
         prune_checkpoints(run_dir, config.keep_checkpoints, evaluations.needed)
@@ -199,8 +224,8 @@ def train_on_cluster(
 
 
 @contextmanager
-def interruption() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets within the block; the first one only, so that a second ends the process."""
+def interruption(say: Callable[[str], None]) -> Iterator[threading.Event]:
+    """An event that SIGTERM and Ctrl-C set within the block; the first one only, so that a second ends the process."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
@@ -208,13 +233,28 @@ def interruption() -> Iterator[threading.Event]:
 
     def handle(number: int, frame: object) -> None:  # noqa: ARG001
         event.set()
-        signal.signal(signal.SIGTERM, before)
+        restore()
+        say("saving a checkpoint, to go on from with --resume; a second signal ends at once")
 
-    before = signal.signal(signal.SIGTERM, handle)
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield event
     finally:
-        signal.signal(signal.SIGTERM, before)
+        restore()
+
+
+def check_room(run_dir: Path) -> None:
+    """Raises StageError where no run folder can be made; leaves nothing behind."""
+    there = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".goal_ray-", dir=there):
+            pass
+    except OSError as error:
+        raise StageError(f"storage_path: {run_dir} cannot be made or written to: {error}; choose another") from None
 
 
 def absolute_pattern(spec: str) -> str:
@@ -245,7 +285,7 @@ def check_run(run_dir: Path, config: TrainConfig, resume: bool) -> None:
     ]
     if old.global_batch != config.global_batch:
         changed.append(f"a global batch of {config.global_batch}, it was {old.global_batch}")
-    if changed:
+    if changed and checkpoint_folders(run_dir):  # without any, nothing depends on the old ones
         raise StageError(f"{run_dir} was started with other settings ({'; '.join(changed)}); use those, or start anew")
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import signal
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -11,11 +13,11 @@ from paired_shards import write_shards
 from safetensors.torch import save_file
 
 from goal_ray.config import load_config, to_yaml
-from goal_ray.errors import ConfigError, GoalRayError, ShardError, StageError
+from goal_ray.errors import ConfigError, GoalRayError, ModelError, ShardError, StageError
 from goal_ray.settings import LossConfig, ModelConfig
 from goal_ray.train.config import DataConfig, EvaluationConfig, TrainConfig
 from goal_ray.train.loop import Job, train_worker
-from goal_ray.train.run import check_backend, check_evaluation, train
+from goal_ray.train.run import check_backend, check_evaluation, check_run, interruption, train
 
 
 @pytest.fixture
@@ -71,6 +73,46 @@ def test_a_wrong_setting_is_refused_by_its_name(tmp_path, setting, message):
     path.write_text("model: {name: ViT-B-16}\ndata: {shards: paired}\n")
     with pytest.raises(ConfigError, match=message):
         load_config(TrainConfig, path, [setting])
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (ModelConfig("ViT-B-61"), r"model.name: 'ViT-B-61' is no folder.*did you mean ViT-B-16"),
+        (ModelConfig("nowhere.json"), "model.name: nowhere.json: no such model config file"),
+        (ModelConfig("ViT-B-16", "openia"), r"model.weights: 'openia' is no file here and no tag.*openai"),
+    ],
+)
+def test_a_model_that_is_nowhere_is_refused_before_ray_starts(config, tmp_path, monkeypatch, model, message):
+    monkeypatch.setattr("goal_ray.train.run.ray_session", None)
+    with pytest.raises(ModelError, match=message):
+        train(replace(config, model=model))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_place_where_no_run_folder_can_be_made_is_refused_by_its_key(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StageError, match=r"storage_path: .*file/runs/goal cannot be made"):
+        train(replace(config, storage_path=str(tmp_path / "file" / "runs")))
+
+
+def test_a_run_that_saved_nothing_may_go_on_with_other_settings(config, started):
+    shutil.rmtree(started / "checkpoints")
+    check_run(started, replace(config, seed=7), resume=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_asks_for_a_checkpoint_and_a_second_ends(number):
+    said = []
+    before = signal.signal(number, lambda *_: said.append("ended"))
+    try:
+        with interruption(said.append) as interrupted:
+            signal.raise_signal(number)
+            assert interrupted.is_set()
+            signal.raise_signal(number)
+    finally:
+        signal.signal(number, before)
+    assert said == ["saving a checkpoint, to go on from with --resume; a second signal ends at once", "ended"]
 
 
 @pytest.mark.usefixtures("started")

@@ -271,8 +271,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_samples_named(undisturb
     assert not list((tmp_path / config.name).glob("checkpoints/step-*"))
 
 
-def test_resuming_a_finished_run_changes_nothing(undisturbed):
+def test_resuming_a_finished_run_changes_nothing_and_needs_no_ray(undisturbed, monkeypatch):
     config, result = undisturbed
+    monkeypatch.setattr("goal_ray.train.run.ray_session", None)
     before = (result.run_dir / "metrics.jsonl").read_bytes()
     assert train(config, resume=True) == result
     assert (result.run_dir / "metrics.jsonl").read_bytes() == before
