@@ -13,7 +13,7 @@ from typing import Any, Literal
 from goal_ray.errors import GoalRayError, StageError
 from goal_ray.events import event
 from goal_ray.ray_session import is_joined
-from goal_ray.train.checkpoint import newest_intact, prune_checkpoints, step_of
+from goal_ray.train.checkpoint import newest_intact, prune_checkpoints, saved_log, step_of
 from goal_ray.train.config import TrainConfig
 from goal_ray.train.demand import Demand
 from goal_ray.train.evaluation import Evaluations
@@ -74,7 +74,7 @@ class Attempts:
         workers = self._wait_for_workers()
         while True:
             first_step = 0 if resume_from is None else step_of(resume_from)
-            self.recorder.rewind(first_step)
+            self.recorder.rewind(first_step, [] if resume_from is None else saved_log(resume_from))
             self.newest_saved = first_step  # those beyond it are damaged
             try:
                 ending = self._attempt(resume_from, workers)

@@ -9,6 +9,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -71,27 +72,50 @@ def newest_intact(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
+def saved_log(folder: Path) -> list[dict[str, Any]]:
+    """The last log records before a checkpoint, oldest first."""
+    return json.loads((folder / STATE_FILE).read_text(encoding="utf-8")).get("log", [])
+
+
 def remove_partial(run_dir: Path) -> None:
     """Deletes what a killed run left of a checkpoint that it was writing."""
     for folder in (run_dir / "checkpoints").glob(".step-*.tmp"):
         shutil.rmtree(folder)
 
 
-def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, by their sizes and checksums; None where nothing is."""
+def check_model(folder: Path) -> None:
+    """Raises StageError for a checkpoint whose model is not as it was written; other folders pass."""
+    if not (folder / STATE_FILE).is_file() or (damage := find_damage(folder, model_only=True)) is None:
+        return
+    others = [path.parent for path in sorted(folder.parent.glob(f"step-*/{STATE_FILE}"), reverse=True)]
+    whole = (other for other in others if other != folder and find_damage(other, model_only=True) is None)
+    other = next(whole, None)
+    raise StageError(
+        f"checkpoint {folder} is damaged ({damage}); take another one"
+        + (f", such as {other}" if other is not None else "; none that is whole lies beside it")
+    )
+
+
+def find_damage(folder: Path, model_only: bool = False) -> str | None:
+    """What is wrong with a checkpoint's files, by their sizes and checksums; None where nothing is.
+
+    model_only  all but what a training goes on from: a copy may have another name, and no averages of AdamW
+    """
+    name = STATE_FILE
     try:
-        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        if state["step"] != step_of(folder):
+        state = json.loads((folder / name).read_text(encoding="utf-8"))
+        if not model_only and state["step"] != step_of(folder):
             return f"{STATE_FILE} is of step {state['step']}"
-        json.loads((folder / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))
-        for name in (OPEN_CLIP_WEIGHTS, OPTIMIZER_FILE):
+        name = OPEN_CLIP_CONFIG
+        json.loads((folder / name).read_text(encoding="utf-8"))
+        for name in (OPEN_CLIP_WEIGHTS, *(() if model_only else (OPTIMIZER_FILE,))):
             with safe_open(folder / name, "np"):
                 pass
         for name, expected in state.get("files", {}).items():
-            if file_mark(folder / name) != expected:
+            if not (model_only and name == OPTIMIZER_FILE) and file_mark(folder / name) != expected:
                 return f"{name} is not what was written"
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        return str(error)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        return f"{name}: {error}"
     return None
 
 

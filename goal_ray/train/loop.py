@@ -3,6 +3,7 @@
 import json
 import platform
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from goal_ray.train.ingest import BatchReader, pickled, stream_batches
 from goal_ray.train.scan import QUARANTINE_FILE, describe_bad, own_scan
 from goal_ray.train.state import CheckpointWriter, allocate_averages, load_averages
 from goal_ray.train.window import LogWindow
+
+KEPT_RECORDS = 1000  # in a checkpoint: more than a driver can be behind
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,16 @@ def run_steps(job: Job, rank: int, ranks: int, device: torch.device) -> None:
         job.send({**describe_device(device, config.precision, ranks), "workers": ranks})
         job.send({"doing": "reading the first batches"})
         window = LogWindow(device)
+        recent: deque[dict[str, Any]] = deque(maxlen=KEPT_RECORDS)
+
+        def report(record: dict[str, Any] | None) -> None:
+            """Sends a log record from rank 0, which keeps it for the next checkpoint."""
+            if record is not None:
+                check_finite(job, record)
+                recent.append(record)
+                if rank == 0:
+                    job.send(record)
+
         batches = iter(feed)
         done = first_step
         while group := take(batches, config.accumulate, window):
@@ -117,19 +130,19 @@ def run_steps(job: Job, rank: int, ranks: int, device: torch.device) -> None:
                 raise nonfinite(job, done)
             done += 1
             last = done == total_steps
-            report(job, rank, window.arrived())
+            report(window.arrived())
             if done % config.log_every == 0 or last:
-                report(job, rank, window.arrived(wait=True))
+                report(window.arrived(wait=True))
                 window.close(describe_progress(config, order, done, lr), weights, engine.get_global_grad_norm())
             if done % config.checkpoint_every == 0 or last:
-                report(job, rank, window.arrived(wait=True))
-                writer.save(engine, loaded, done)
-        report(job, rank, window.arrived(wait=True))
+                report(window.arrived(wait=True))
+                writer.save(engine, loaded, done, list(recent))
+        report(window.arrived(wait=True))
         if window.steps:  # asked to stop between two log lines
             window.close(describe_progress(config, order, done, lr), weights, engine.get_global_grad_norm())
-            report(job, rank, window.arrived(wait=True))
+            report(window.arrived(wait=True))
         if done % config.checkpoint_every and done < total_steps:
-            writer.save(engine, loaded, done)
+            writer.save(engine, loaded, done, list(recent))
         writer.wait()
 
 
@@ -191,15 +204,11 @@ def describe_device(device: torch.device, precision: str, ranks: int) -> dict[st
     return {"device": torch.cuda.get_device_name(device), "gpus": True, "peak_flops": whole}
 
 
-def report(job: Job, rank: int, record: dict[str, Any] | None) -> None:
-    """Sends a log record from rank 0. Raises StageError, on every rank, for one with a loss that is not finite."""
-    if record is None:
-        return
+def check_finite(job: Job, record: dict[str, Any]) -> None:
+    """Raises StageError, on every rank, for a log record with a loss that is not finite."""
     bad_step = record.pop("nonfinite_step")
     if bad_step is not None:
         raise nonfinite(job, bad_step)
-    if rank == 0:
-        job.send(record)
 
 
 def nonfinite(job: Job, step: int) -> StageError:

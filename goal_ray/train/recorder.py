@@ -85,16 +85,22 @@ class RunRecorder:
         for logger in self.loggers:
             logger.close()
 
-    def rewind(self, step: int) -> None:
-        """Goes on behind `step`, the newest checkpoint's: log lines beyond it are dropped, since they come again."""
+    def rewind(self, step: int, saved: Sequence[dict[str, Any]]) -> None:
+        """Goes on behind `step`, the newest checkpoint's: log lines beyond it are dropped, since they come again.
+
+        saved  the log records that the checkpoint holds; those that a driver that died had not written are logged now
+        """
         self.prometheus.set("checkpoint_step", step)
         if self.metrics is not None:
             self.metrics.close()
         path = self.run_dir / METRICS_FILE
-        keep_steps(path, step)
+        kept = keep_steps(path, step)
         self.metrics = path.open("a", encoding="utf-8")
         for logger in self.loggers:
             logger.rewind(step)
+        for record in saved:
+            if record["step"] > (kept[-1]["step"] if kept else 0):
+                self.log(record)
         self.line.n = step
         self.line.refresh()
 

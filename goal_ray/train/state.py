@@ -35,15 +35,17 @@ class CheckpointWriter:
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.writing: Future[None] | None = None
 
-    def save(self, engine: Any, loaded: LoadedModel, step: int) -> None:
+    def save(self, engine: Any, loaded: LoadedModel, step: int, log: list[dict[str, Any]]) -> None:
         """Saves the state after `step` steps; every rank must call it. The folder appears complete or not at all.
+
+        log  the last log records, for a driver that died before it had written them
 
         Waits for the checkpoint before it, and raises what that one met.
         """
         self.wait()
         tensors = gather_state(engine, loaded)
         if tensors is not None:
-            self.writing = self.pool.submit(self._write, loaded, *tensors, step)
+            self.writing = self.pool.submit(self._write, loaded, *tensors, step, log)
 
     def wait(self) -> None:
         """Waits until the last checkpoint is complete; raises what it met."""
@@ -52,7 +54,12 @@ class CheckpointWriter:
             self.writing = None
 
     def _write(
-        self, loaded: LoadedModel, weights: dict[str, torch.Tensor], averages: dict[str, torch.Tensor], step: int
+        self,
+        loaded: LoadedModel,
+        weights: dict[str, torch.Tensor],
+        averages: dict[str, torch.Tensor],
+        step: int,
+        log: list[dict[str, Any]],
     ) -> None:
         broken = [name for name, tensor in {**weights, **averages}.items() if not tensor.isfinite().all()]
         if broken:
@@ -64,7 +71,7 @@ class CheckpointWriter:
         partial = final.with_name(f".{final.name}.tmp")
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            self._store(loaded, weights, averages, step, partial, final)
+            self._store(loaded, weights, averages, step, log, partial, final)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)  # it may hold the last of the room
             raise StageError(
@@ -79,13 +86,14 @@ class CheckpointWriter:
         weights: dict[str, torch.Tensor],
         averages: dict[str, torch.Tensor],
         step: int,
+        log: list[dict[str, Any]],
         partial: Path,
         final: Path,
     ) -> None:
         save_model(partial, loaded, weights)
         save_file(averages, partial / OPTIMIZER_FILE)
         files = {path.name: file_mark(path) for path in sorted(partial.iterdir())}
-        (partial / STATE_FILE).write_text(json.dumps({"step": step, "files": files}), encoding="utf-8")
+        (partial / STATE_FILE).write_text(json.dumps({"step": step, "files": files, "log": log}), encoding="utf-8")
         for path in partial.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())

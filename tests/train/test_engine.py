@@ -72,7 +72,7 @@ def run_stage(folder: Path, config, resume_from: Path | None, rank: int, save: b
         dist.all_reduce(terms)
         losses.append((terms / 2).sum().item())
         if save and step + 1 == SAVED_AT:
-            writer.save(engine, loaded, SAVED_AT)
+            writer.save(engine, loaded, SAVED_AT, [])
     writer.wait()
     dist.barrier()
     return losses

@@ -32,7 +32,7 @@ from goal_ray.train.run import train
 pytestmark = pytest.mark.ray
 
 UNREADABLE = ["0-3", "1-5"]
-STEPS, SAVED, KILLED = 24, 5, 7
+STEPS, SAVED, LOGGED = 24, 5, 3
 
 
 def read_lines(path):
@@ -115,7 +115,10 @@ def test_plain_open_clip_loads_the_model_as_of_the_last_step(undisturbed):
 
 @pytest.fixture(scope="module")
 def resumed(undisturbed, tmp_path_factory):
-    """The run as a kill after step 7 leaves it, its last checkpoint at step 5, resumed on 1 worker instead of 2."""
+    """The run as a kill after step 7 leaves it, its last checkpoint at step 5, resumed on 1 worker instead of 2.
+
+    The driver had written no more than three lines of the log.
+    """
     config, result = undisturbed
     config = replace(config, storage_path=str(tmp_path_factory.mktemp("killed")), workers=1, batch_per_worker=8)
     ignored = shutil.ignore_patterns(
@@ -123,7 +126,7 @@ def resumed(undisturbed, tmp_path_factory):
     )
     killed = shutil.copytree(result.run_dir, Path(config.storage_path) / config.name, ignore=ignored)
     lines = (result.run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (killed / "metrics.jsonl").write_text("".join(lines[:KILLED]) + lines[KILLED][:50])
+    (killed / "metrics.jsonl").write_text("".join(lines[:LOGGED]) + lines[LOGGED][:50])
     return train(config, resume=None)  # there is one: it goes on
 
 
