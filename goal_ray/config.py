@@ -9,6 +9,8 @@ import re
 import textwrap
 import typing
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +20,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from goal_ray.errors import ConfigError
 
 T = TypeVar("T")
+UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")  # pydantic's types of error
 
 
 def strict(cls: type) -> type:
@@ -36,30 +39,46 @@ def check_custom_resources(key: str, resources: Mapping[str, float]) -> None:
 def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
     """Builds `cls` from its defaults, then a YAML file, then overrides such as `optimizer.lr=1e-5`.
 
-    Raises ConfigError naming the key and what it may be, before any work is done.
+    Raises ConfigError naming the key, what it may be, and whether file or command line is to blame, before any work is
+    done.
     """
-    tree: dict[str, Any] = {}
-    if path is not None:
-        tree = read_yaml(path)
+    stored = {} if path is None else read_yaml(path)
+    tree = deepcopy(stored)
     for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"{override!r} is not of the form section.key=value")
-        try:
-            set_dotted(tree, key.split("."), yaml.safe_load(value))
-        except yaml.YAMLError:
-            set_dotted(tree, key.split("."), value)
-    return build_config(cls, tree, source=str(path) if path else "overrides")
+        set_override(tree, override)
+    try:
+        return validate(cls, tree)
+    except ValidationError as error:
+        # What is wrong with the file alone is the file's fault, whatever else the command line says.
+        old = set() if path is None else {explain(cls, item) for item in mistakes(cls, stored)}
+        found: dict[bool, list[Any]] = {True: [], False: []}
+        for item in error.errors():
+            found[explain(cls, item) in old].append(item)
+        sources = {str(path): found[True], "command line": found[False]}
+        blamed = [report(cls, source, items) for source, items in sources.items() if items]
+        raise ConfigError("\n".join(blamed)) from None
 
 
 def build_config(cls: type[T], tree: dict[str, Any], source: str) -> T:
-    """Builds `cls` from a tree of plain values. Raises ConfigError as `load_config` does."""
+    """Builds `cls` from a tree of plain values. Raises ConfigError that blames `source`."""
     try:
-        return TypeAdapter(cls).validate_python(with_default_tags(cls, tree))
+        return validate(cls, tree)
     except ValidationError as error:
-        lines = [explain(cls, item) for item in error.errors()]
-        listed = f" {lines[0]}" if len(lines) == 1 else "".join(f"\n  {line}" for line in lines)
-        raise ConfigError(f"{source}:{listed}") from None
+        raise ConfigError(report(cls, source, error.errors())) from None
+
+
+def validate(cls: type[T], tree: dict[str, Any]) -> T:
+    """The config of a tree of plain values. Raises pydantic's ValidationError."""
+    return TypeAdapter(cls).validate_python(with_default_tags(cls, tree))
+
+
+def mistakes(cls: type, tree: dict[str, Any]) -> list[Any]:
+    """pydantic's errors about a tree; none where it is right."""
+    try:
+        validate(cls, tree)
+    except ValidationError as error:
+        return list(error.errors())
+    return []
 
 
 def with_default_tags(cls: Any, tree: dict[str, Any]) -> dict[str, Any]:
@@ -77,13 +96,39 @@ def with_default_tags(cls: Any, tree: dict[str, Any]) -> dict[str, Any]:
     return filled
 
 
+class RepeatedKey(yaml.YAMLError):
+    """A mapping says a key twice; YAML's own loader would take the last without a word."""
+
+
+class _Loader(yaml.SafeLoader):
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                name, line = (key.tag, key.value), key.start_mark.line + 1
+                if name in lines:
+                    raise RepeatedKey(
+                        f"line {line}: the key {key.value!r} stands in line {lines[name]} already; keep one"
+                    )
+                lines[name] = line
+        return node
+
+
+def parse_yaml(text: str) -> Any:
+    """The plain values that a YAML text stands for. Raises yaml.YAMLError, RepeatedKey among others."""
+    return yaml.load(text, _Loader)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML mapping. Raises ConfigError for a missing file, bad YAML, or anything but a mapping."""
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         hint = "; settings come behind a config file" if "=" in str(path) else ""
         raise ConfigError(f"{path}: no such config file{hint}") from None
+    except RepeatedKey as error:
+        raise ConfigError(f"{path}, {error}") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from None
     if tree is None:
@@ -93,39 +138,85 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return tree
 
 
+def set_override(tree: dict[str, Any], override: str) -> None:
+    """Sets what an override such as `optimizer.lr=1e-5` says. Raises ConfigError for one that says nothing."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"command line: {override!r} is not of the form section.key=value")
+    try:
+        value = parse_yaml(text)
+    except RepeatedKey as error:
+        raise ConfigError(f"command line: {key}: {error}") from None
+    except yaml.YAMLError:
+        value = text
+    set_dotted(tree, key.split("."), value)
+
+
 def set_dotted(tree: dict[str, Any], keys: Sequence[str], value: Any) -> None:
     """Sets tree[a][b][c] = value for keys a, b, c, making the mappings on the way."""
     for key in keys[:-1]:
         child = tree.setdefault(key, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"{'.'.join(keys)}: {key!r} is a value, not a section")
+            raise ConfigError(f"command line: {'.'.join(keys)}: {key!r} is a value, not a section")
         tree = child
     tree[keys[-1]] = value
 
 
+def report(cls: type, source: str, items: Sequence[Any]) -> str:
+    """What is wrong with the settings of a source, by pydantic's errors; a section's keys are listed once."""
+    last_unknown = {item["loc"][:-1]: item for item in items if item["type"] in UNKNOWN_KEY}
+    lines = []
+    for item in items:
+        listed = last_unknown.get(item["loc"][:-1]) is item
+        known = known_keys(cls, item["loc"][:-1]) if listed else []
+        lines.append(explain(cls, item) + (f"; allowed here: {', '.join(known)}" if known else ""))
+    return f"{source}:" + (f" {lines[0]}" if len(lines) == 1 else "".join(f"\n  {line}" for line in lines))
+
+
 def explain(cls: type, item: Any) -> str:
     """One readable line for one of pydantic's errors."""
-    location = [str(part) for part in item["loc"]]
-    key = ".".join(location) or "config"
-    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = known_keys(cls, location[:-1])
-        return f"{key}: unknown key" + (f"; allowed here: {', '.join(known)}" if known else "")
+    _, path = locate(cls, item["loc"])
+    prefix = f"{'.'.join(path)}: " if path else ""
+    if item["type"] in UNKNOWN_KEY:
+        near = get_close_matches(path[-1], known_keys(cls, item["loc"][:-1]), 1)
+        return f"{prefix}unknown key" + (f" (did you mean {near[0]}?)" if near else "")
     if item["type"] in ("missing", "missing_argument"):
-        return f"{key}: required, but not given"
-    message = item["msg"].removeprefix("Value error, ")
+        return f"{prefix}required, but not given"
     given = item.get("input")
+    if item["type"] == "union_tag_invalid":
+        tag = item["ctx"]["discriminator"].strip("'")
+        allowed = item["ctx"]["expected_tags"].replace("'", "")
+        return f"{'.'.join([*path, tag])}: {given[tag]!r} is unknown; it is one of {allowed}"
+    if item["type"] in ("model_attributes_type", "dataclass_type"):
+        known = known_keys(cls, item["loc"])
+        example = f", such as {'.'.join([*path, known[0]])}" if known else ""
+        return f"{prefix}this is a section (got {given!r}); set its keys{example}"
+    message = item["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(given, dict) or dataclasses.is_dataclass(given) else f" (got {given!r})"
-    return f"{key}: {message}{shown}"
+    return f"{prefix}{message}{shown}"
 
 
-def known_keys(cls: Any, location: Sequence[str]) -> list[str]:
-    """The field names of the config class found by walking `location` down from `cls`."""
-    for part in location:
+def known_keys(cls: Any, location: Sequence[Any]) -> list[str]:
+    """The field names of the config class found by walking pydantic's `location` down from `cls`."""
+    hint, _ = locate(cls, location)
+    return list(dict.fromkeys(field.name for option in dataclass_options(hint) for field in dataclasses.fields(option)))
+
+
+def locate(cls: Any, location: Sequence[Any]) -> tuple[Any, list[str]]:
+    """What stands at pydantic's `location` below `cls`: its type hint, and its keys as a user writes them.
+
+    pydantic puts the name of a tagged section's class behind that section's key; no user writes it there.
+    """
+    path = []
+    for part in map(str, location):
         options = dataclass_options(cls)
-        hints = {name: hint for option in options for name, hint in typing.get_type_hints(option).items()}
         named = [option for option in options if typing.get_type_hints(option).get("name") and part in names_of(option)]
-        cls = named[0] if named else hints.get(part)
-    return [field.name for option in dataclass_options(cls) for field in dataclasses.fields(option)]
+        if named and len(options) > 1:
+            cls = named[0]
+            continue
+        path.append(part)
+        cls = {name: hint for option in options for name, hint in typing.get_type_hints(option).items()}.get(part)
+    return cls, path
 
 
 def names_of(cls: Any) -> tuple[str, ...]:

@@ -6,6 +6,8 @@ One pass of a tower gives the pooled embedding and the tokens of the last block,
 import json
 import math
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 
 from goal_ray.errors import ConfigError, ModelError
 from goal_ray.settings import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, ModelConfig
-from goal_ray.weights import create_model, empty_model, is_hf_folder, load_hf_folder
+from goal_ray.weights import HF_WEIGHTS_FILES, create_model, empty_model, is_hf_folder, load_hf_folder
 
 KEPT_POSITIONS = 20
 TOKENIZER_ARGUMENTS = {"clean", "language", "strip_sep_token"}
@@ -232,11 +234,14 @@ def load_model(config: ModelConfig, seed: int = 0) -> LoadedModel:
                 tokenizer = _load_tokenizer(name, model_cfg)
                 clip = create_model(name, config.weights)
         except UnpicklingError as error:
-            raise ModelError(f"{config.weights}: refused, since it holds more than tensors: {error}") from None
+            raise ModelError(
+                f"{config.weights or config.name}: refused, since it holds more than tensors: {error}"
+            ) from None
         except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, SafetensorError, BadZipFile) as error:
             # Weights that do not fit name every tensor.
             reason = textwrap.shorten(f"{type(error).__name__}: {error}", 500)
-            raise ModelError(f"cannot load model {config.name!r} (weights {config.weights!r}): {reason}") from error
+            weights = f" (weights {config.weights!r})" if config.weights else ""
+            raise ModelError(f"cannot load model {config.name!r}{weights}: {reason}") from error
     image_tower(clip), text_tower(clip)  # refuses towers that GOAL cannot read
     padding = tokenizer.tokenizer.pad_token_id if isinstance(tokenizer, HFTokenizer) else 0
     if padding and not text_tower(clip).causal:
@@ -271,7 +276,8 @@ def _load_folder(folder: Path, weights: str | None) -> tuple[nn.Module, Any, dic
     if weights is not None:
         raise ModelError(f"{folder} brings its own weights; leave model.weights empty")
     if not (folder / OPEN_CLIP_CONFIG).is_file() and is_hf_folder(folder):
-        clip, model_cfg = load_hf_folder(folder)
+        with _reading(folder / HF_WEIGHTS_FILES[0], SafetensorError):
+            clip, model_cfg = load_hf_folder(folder)
         return clip, SimpleTokenizer(context_length=model_cfg["text_cfg"]["context_length"]), model_cfg
     for file in (OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS):
         if not (folder / file).is_file():
@@ -279,11 +285,24 @@ def _load_folder(folder: Path, weights: str | None) -> tuple[nn.Module, Any, dic
                 f"{folder}: no {file} in this folder; is it a checkpoint, an exported model or Hugging Face's CLIP?"
             )
     name = f"local-dir:{folder}"
-    model_cfg = json.loads((folder / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))["model_cfg"]
+    with _reading(folder / OPEN_CLIP_CONFIG, ValueError, KeyError, TypeError):
+        model_cfg = json.loads((folder / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))["model_cfg"]
     tokenizer = _load_tokenizer(name, model_cfg)
     clip = empty_model(name)
-    clip.load_state_dict(load_file(folder / OPEN_CLIP_WEIGHTS))
+    with _reading(folder / OPEN_CLIP_WEIGHTS, SafetensorError):
+        tensors = load_file(folder / OPEN_CLIP_WEIGHTS)
+    clip.load_state_dict(tensors)
     return clip, tokenizer, model_cfg
+
+
+@contextmanager
+def _reading(file: Path, *damage: type[Exception]) -> Iterator[None]:
+    """Makes a ModelError that names the file of the errors that its contents cause."""
+    try:
+        yield
+    except damage as error:
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+        raise ModelError(f"{file} is damaged ({reason}); take another checkpoint, or copy the model again") from error
 
 
 def _load_tokenizer(name: str, model_cfg: dict[str, Any]) -> Any:

@@ -2,12 +2,14 @@
 
 import logging
 import os
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from goal_ray.cores import usable_cores
+from goal_ray.errors import StageError
 from goal_ray.events import wants_json
 
 # Read when `ray` is first imported, and by the processes it starts. The first, meant for other systems, makes Ray bind
@@ -28,7 +30,7 @@ def ray_session(busy_cpus: int = 0) -> Iterator[None]:
     busy_cpus  CPUs that long-lived workers will hold; a local cluster counts two more, for data tasks
 
     A session that already exists is used and left running. The private one listens on loopback only and is
-    shut down at the end.
+    shut down at the end. Raises StageError where that one does not start.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = os.environ.get("RAY_ADDRESS")
@@ -48,12 +50,19 @@ def ray_session(busy_cpus: int = 0) -> Iterator[None]:
     if address:
         ray.init(address=address, **quiet)
     else:
-        ray.init(
-            address="local",
-            num_cpus=max(usable_cores(), busy_cpus + 2),
-            include_dashboard=False,
-            **quiet,
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(usable_cores(), busy_cpus + 2),
+                include_dashboard=False,
+                **quiet,
+            )
+        except Exception as error:  # of a node that is late to start, Ray raises nothing more special
+            ray.shutdown()
+            raise StageError(
+                "Ray did not start on this machine in its time; is it overloaded? Run the same command again "
+                f"(Ray says: {textwrap.shorten(str(error), 300)})"
+            ) from error
     try:
         yield
     finally:

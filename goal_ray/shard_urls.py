@@ -12,10 +12,15 @@ def expand_files(spec: str, suffixes: tuple[str, ...]) -> list[str]:
     """Sorted addresses for a file, a folder, a glob or a brace pattern (`s3://b/train-{000..099}.tar`).
 
     Of a folder, the visible files right inside it that end in one of `suffixes`. Raises ShardError where nothing is
-    there.
+    there, and for braces that do not close.
     """
     urls: list[str] = []
-    patterns = list(braceexpand(str(spec)))
+    try:
+        patterns = list(braceexpand(str(spec)))
+    except ValueError:  # its UnbalancedBracesError, which its type stub lacks
+        raise ShardError(
+            f"{spec}: unbalanced braces; a pattern is like train-{{000..099}}.tar or {{a,b}}.tar"
+        ) from None
     names_in = cache(lambda folder: frozenset(list_names(folder)))
     for pattern in patterns:
         fs, path = file_system(pattern)

@@ -94,7 +94,10 @@ def test_help_says_which_proposer_is_the_default_and_how_to_choose_another(call)
         (["lism", "{tmp}/nothing", "{tmp}/out"], ["nothing: no such file or folder"]),
         (["lism", "{tmp}", "{tmp}/out"], ["holds no .tar file"]),
         (["lism", "{tars}", "{tmp}/out", "--config", "{tmp}/no.yaml"], ["no.yaml: no such config file"]),
-        (["lism", "{tars}", "{tmp}/out", "proposer.name=magic"], ["proposer", "magic", "'felzenszwalb'", "'sam'"]),
+        (
+            ["lism", "{tars}", "{tmp}/out", "proposer.name=magic"],
+            ["proposer.name: 'magic' is unknown", "felzenszwalb", "sam"],
+        ),
         (["lism", "{tars}", "{tmp}/out", "max_areas=1"], ["max_areas: unknown key", "max_area"]),
         (["lism", "{tars}", "{tmp}/out", "language=English"], ["'English'", "en, de"]),
         (["evaluate", "{tmp}/nothing", "{tars}"], ["nothing: no such folder"]),

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
-from goal_ray.config import build_config, describe, load_config, strict, to_tree, to_yaml
+from goal_ray.config import build_config, describe, load_config, parse_yaml, strict, to_tree, to_yaml
 from goal_ray.errors import ConfigError
 from goal_ray.lism.config import LismConfig
 from goal_ray.train.config import TrainConfig
@@ -74,15 +74,87 @@ def test_a_tagged_section_keeps_its_default_tag():
         ("colour=red", ["colour", "unknown key", "fruit, lid, size"]),
         ("fruit.stem_mm=3", ["fruit", "stem_mm", "unknown key", "sweetness"]),
         ("lid=ajar", ["lid", "'open' or 'shut'", "ajar"]),
-        ("fruit.name=plum", ["fruit", "plum", "'apple'", "'pear'"]),
+        ("fruit.name=plum", ["fruit.name: 'plum' is unknown; it is one of apple, pear"]),
+        ("fruit=pear", ["fruit: this is a section (got 'pear'); set its keys, such as fruit.name"]),
         ("size=[1, two]", ["size.1", "integer"]),
         ("lid", ["section.key=value"]),
+        ("lid.colour.shade=1", ["lid.colour.shade: 'lid' is a value, not a section"]),
+        ("fruit={name: apple, name: pear}", ["fruit: line 1: the key 'name' stands in line 1 already"]),
     ],
 )
 def test_a_wrong_override_is_refused_naming_key_and_choices(override, words):
     with pytest.raises(ConfigError) as caught:
-        load_config(Basket, overrides=[override])
+        load_config(Basket, overrides=["lid=open", override])
+    assert str(caught.value).startswith("command line: ")
     assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("lid: shut", ["lidd=open"], "command line: lidd: unknown key (did you mean lid?); allowed here: {keys}"),
+        ("lidd: shut", ["lid=open"], "{path}: lidd: unknown key (did you mean lid?); allowed here: {keys}"),
+        (
+            "colour: red",
+            ["size=[1, two]"],
+            "{path}: colour: unknown key; allowed here: {keys}\n"
+            "command line: size.1: Input should be a valid integer, unable to parse string as an integer (got 'two')",
+        ),
+        ("lid: ajar", ["size=[3, 4]"], "{path}: lid: Input should be 'open' or 'shut' (got 'ajar')"),
+        ("lid: ajar", ["lid=wide"], "command line: lid: Input should be 'open' or 'shut' (got 'wide')"),
+        ("fruit: {name: pear}", ["fruit.stem_mm=-1"], "command line: fruit: stem_mm must not be negative"),
+        ("fruit: {name: pear, stem_mm: -1}", ["lid=shut"], "{path}: fruit: stem_mm must not be negative"),
+    ],
+)
+def test_a_mistake_is_blamed_on_the_place_where_it_stands(tmp_path, text, overrides, message):
+    path = tmp_path / "basket.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(Basket, path, overrides)
+    assert str(caught.value) == message.format(path=path, keys="fruit, lid, size")
+
+
+def test_a_mistake_in_the_file_that_the_command_line_mends_is_none(tmp_path):
+    path = tmp_path / "basket.yaml"
+    path.write_text("lid: ajar")
+    assert load_config(Basket, path, ["lid=shut"]).lid == "shut"
+
+
+def test_settings_that_do_not_go_together_are_refused_without_naming_a_section():
+    with pytest.raises(ConfigError) as caught:
+        load_config(LismConfig, overrides=["min_area=0.9"])
+    assert str(caught.value) == "command line: areas must satisfy 0 <= min_area < max_area <= 1"
+
+
+def test_the_allowed_keys_are_listed_once_for_a_section_of_several_mistakes():
+    with pytest.raises(ConfigError) as caught:
+        load_config(Basket, overrides=["fruit.sweet=1", "fruit.colour=red", "laid=open"])
+    assert str(caught.value).splitlines() == [
+        "command line:",
+        "  fruit.sweet: unknown key (did you mean sweetness?)",
+        "  fruit.colour: unknown key; allowed here: name, sweetness",
+        "  laid: unknown key (did you mean lid?); allowed here: fruit, lid, size",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key", "first"),
+    [
+        ("lid: open\nsize: [1, 2]\nlid: shut\n", 3, "lid", 1),
+        ("lid: open\nfruit:\n  name: pear\n  stem_mm: 1\n  'stem_mm': 2\n", 5, "stem_mm", 4),
+    ],
+)
+def test_a_key_that_stands_twice_in_a_file_is_refused_with_its_line(tmp_path, text, line, key, first):
+    path = tmp_path / "basket.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(Basket, path)
+    assert str(caught.value) == f"{path}, line {line}: the key '{key}' stands in line {first} already; keep one"
+
+
+def test_a_merged_mapping_may_be_overridden_key_by_key():
+    merged = parse_yaml("a: &a {x: 1, y: 1}\nb: &b {<<: *a, x: 2}\nc: {<<: [*b, *a], x: 3}")
+    assert merged == {"a": {"x": 1, "y": 1}, "b": {"x": 2, "y": 1}, "c": {"x": 3, "y": 1}}
 
 
 def test_an_impossible_value_is_refused_with_the_classs_own_words():

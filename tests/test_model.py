@@ -10,6 +10,7 @@ import torch
 from tiny_architecture import write_architecture
 
 from goal_ray.errors import ModelError
+from goal_ray.export.run import FORMATS
 from goal_ray.model import encode_image, encode_text, load_model, save_model, stretch_positions
 from goal_ray.settings import ModelConfig
 
@@ -205,6 +206,24 @@ def test_a_tower_that_sees_padding_wants_the_padding_that_it_gets(tmp_path, pad)
 def test_a_model_that_is_not_there_is_refused(tmp_path, name):
     with pytest.raises(ModelError):
         load_model(ModelConfig(name.format(folder=tmp_path)))
+
+
+@pytest.mark.parametrize("layout", ["open_clip", "hf"])
+def test_the_file_of_a_folder_whose_weights_cannot_be_read_is_named(tiny_clip, tmp_path, layout):
+    loaded = load_model(ModelConfig(tiny_clip))
+    FORMATS[layout](tmp_path, loaded)
+    (weights,) = tmp_path.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError) as caught:
+        load_model(ModelConfig(str(tmp_path)))
+    assert str(caught.value).startswith(f"{weights} is damaged (SafetensorError: ")
+
+
+def test_an_error_without_a_weights_file_names_none(tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(ModelError, match="cannot load model") as caught:
+        load_model(ModelConfig(str(tmp_path / "x.json")))
+    assert "(weights" not in str(caught.value)
 
 
 def test_a_weights_file_with_code_in_it_is_not_run(tiny_clip, tmp_path):

@@ -23,6 +23,13 @@ def test_a_spec_that_finds_nothing_is_refused(tmp_path, spec, error):
         expand_shards(str(tmp_path / spec))
 
 
+@pytest.mark.parametrize("spec", ["train-{000..099.tar", "train-000}.tar", "{a,{b}.tar"])
+def test_braces_that_do_not_close_are_refused_naming_the_spec(spec):
+    with pytest.raises(ShardError) as caught:
+        expand_shards(spec)
+    assert str(caught.value).startswith(f"{spec}: unbalanced braces; ")
+
+
 def test_two_shards_of_one_name_are_refused(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()

@@ -1,6 +1,7 @@
 """Embeds the pictures and captions of shards, and their pairs, in one streamed pass. Core: torch only, no Ray."""
 
-from collections import deque
+import re
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -108,8 +109,8 @@ def embed_shards(
                 local_pairs += embed(views)
             bar.set_postfix_str(f"{samples} samples", refresh=False)
     if not samples:
-        first = f"; the first problem: {describe_skip(skipped[0])}" if skipped else ""
-        raise StageError(f"no usable sample in {len(shards)} shards{first}")
+        why = f"; {most_frequent(skipped)}" if skipped else ""
+        raise StageError(f"no usable sample in {len(shards)} shards{why}")
     return Embeddings(
         torch.cat(image_rows), torch.cat(text_rows), once(whole_pairs), once(local_pairs), samples, skipped
     )
@@ -189,6 +190,19 @@ def size_bytes(shards: list[str]) -> int | None:
 def describe_skip(record: dict[str, str]) -> str:
     """A record of a bad sample as one line."""
     return record["reason"] if not record["key"] else f"{record['shard']}: {record['key']!r}: {record['reason']}"
+
+
+def most_frequent(skipped: list[dict[str, str]]) -> str:
+    """The problem that most of the bad samples have, by its first example, and how many have it."""
+    kinds = [problem_of(record) for record in skipped]
+    ((kind, number),) = Counter(kinds).most_common(1)
+    example = describe_skip(skipped[kinds.index(kind)])
+    return f"the most frequent problem ({number} of {len(skipped)}), for example {example}"
+
+
+def problem_of(record: dict[str, str]) -> str:
+    """The reason for a bad sample without what differs from sample to sample: names, quoted bytes, numbers."""
+    return re.sub(r"'[^']*'|\"[^\"]*\"|0x[0-9a-f]+|\d+", "#", record["reason"].replace(record["shard"], "#"))
 
 
 def ordered(

@@ -14,12 +14,13 @@ import torch
 
 from goal_ray.cores import usable_cores
 from goal_ray.errors import ConfigError, ModelError, StageError
-from goal_ray.evaluate.embed import describe_skip, embed_shards
+from goal_ray.evaluate.embed import describe_skip, embed_shards, most_frequent
 from goal_ray.model import load_model, usable_device
 from goal_ray.retrieval import retrieval_metrics
 from goal_ray.settings import ModelConfig
 from goal_ray.shard_urls import expand_shards
 from goal_ray.storage import file_system, write_bytes
+from goal_ray.train.checkpoint import refuse_damaged
 from goal_ray.train.result import EVALUATION_FOLDER, best_checkpoint
 
 SKIPPED_SHOWN = 5
@@ -61,12 +62,13 @@ def evaluate(
     place = result_place(checkpoint, shards, out)
     if place is not None:
         claim_place(place)
+    refuse_damaged(Path(name))
     found = embed_shards(load_model(ModelConfig(name, weights)), urls, batch, device, usable_cores(), pairs)
     total = found.samples + len(found.skipped)
     if len(found.skipped) > max_bad_share * total:
         raise StageError(
             f"{len(found.skipped)} of {total} samples could not be used (allowed share {max_bad_share}); "
-            f"the first: {describe_skip(found.skipped[0])}"
+            f"{most_frequent(found.skipped)}; mend them, or allow a larger share with --max-bad-share"
         )
     if pairs and len(found.local_P2) == 0:
         raise StageError(f"{shards}: no sample has a pair of sentence and region; leave out --pairs")

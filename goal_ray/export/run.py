@@ -10,6 +10,7 @@ from goal_ray.export.card import CARD_FILE, write_card
 from goal_ray.export.hf import save_hf
 from goal_ray.model import LoadedModel, load_model, save_model
 from goal_ray.settings import ModelConfig
+from goal_ray.train.checkpoint import refuse_damaged
 from goal_ray.train.result import best_checkpoint
 from goal_ray.train.run import CONFIG_FILE
 
@@ -31,8 +32,8 @@ def export(source: str, layout: str = "open_clip", out: str | None = None) -> Pa
     layout  a key of FORMATS
     out     the folder; default RUN/export/LAYOUT, RUN being the run of `source`
 
-    Raises GoalRayError for a source without a model, a model that the layout cannot express, and a folder that is there
-    already; nothing is left behind then.
+    Raises GoalRayError for a source without a model, a damaged checkpoint, a model that the layout cannot express, and
+    a folder that is there already; nothing is left behind then.
     """
     checkpoint = best_checkpoint(Path(source))
     run_dir = run_of(Path(source).absolute())
@@ -41,6 +42,7 @@ def export(source: str, layout: str = "open_clip", out: str | None = None) -> Pa
     target = Path(out) if out is not None else Path(run_dir or "", EXPORT_FOLDER, layout)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StageError(f"{target} is there already; delete it, or choose another place with --out")
+    refuse_damaged(checkpoint)
     loaded = load_model(ModelConfig(str(checkpoint)))
     partial = target.absolute().with_name(f".{target.absolute().name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)

@@ -83,7 +83,7 @@ def remove_partial(run_dir: Path) -> None:
         shutil.rmtree(folder)
 
 
-def check_model(folder: Path) -> None:
+def refuse_damaged(folder: Path) -> None:
     """Raises StageError for a checkpoint whose model is not as it was written; other folders pass."""
     if not (folder / STATE_FILE).is_file() or (damage := find_damage(folder, model_only=True)) is None:
         return

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from goal_ray.errors import ModelError
-from goal_ray.evaluate.embed import add_new, embed_shards, size_bytes
+from goal_ray.evaluate.embed import add_new, embed_shards, problem_of, size_bytes
 from goal_ray.model import load_model
 from goal_ray.scenes.run import SceneSettings, draw_scenes
 from goal_ray.settings import ModelConfig
@@ -65,3 +65,17 @@ def test_a_preprocessing_that_boxes_cannot_follow_is_refused(tiny_clip, tars):
 
 def test_the_size_for_the_progress_bar_is_that_of_all_tars(tars):
     assert size_bytes(tars) == sum(len(Path(tar).read_bytes()) for tar in tars)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("sample 'a' has no picture", 'sample "b\'s" has no picture', True),
+        ("damaged PNG (50 bytes): <BytesIO at 0x7f3a>", "damaged PNG (8 bytes): <BytesIO at 0x11>", True),
+        ("a.tar: 'x': no pairs", "b.tar: 'y': no pairs", True),
+        ("caption of sample 'a' is empty", "sample 'a' has no picture", False),
+    ],
+)
+def test_a_problem_is_the_same_whatever_the_sample(one, other, same):
+    records = ({"shard": shard, "key": "", "reason": reason} for shard, reason in (("a.tar", one), ("b.tar", other)))
+    assert len({problem_of(record) for record in records}) == (1 if same else 2)

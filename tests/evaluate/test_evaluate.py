@@ -18,6 +18,7 @@ from goal_ray.evaluate.run import evaluate, resolve_model, result_place
 from goal_ray.settings import OPEN_CLIP_WEIGHTS
 from goal_ray.tar_places import index_shard
 from goal_ray.tars import stream_samples, write_tar
+from goal_ray.train.checkpoint import OPTIMIZER_FILE, STATE_FILE, file_mark
 
 DIRECTIONS = ("text_to_image", "image_to_text")
 
@@ -163,7 +164,9 @@ def test_bad_samples_are_skipped_and_listed_with_the_reason(model, damaged):
 def test_more_bad_samples_than_allowed_fail_the_evaluation(model, damaged, tmp_path):
     # 5 of 21: a damaged tar counts as one.
     evaluate(model, str(damaged), max_bad_share=5 / 21)
-    with pytest.raises(StageError, match=r"5 of 21 samples could not be used .*0\.23.*b\.tar: corrupt"):
+    with pytest.raises(
+        StageError, match=r"5 of 21 samples could not be used .*0\.23.*b\.tar: corrupt.*--max-bad-share"
+    ):
         evaluate(model, str(damaged), max_bad_share=0.23, out=str(tmp_path / "x.json"))
     assert not (tmp_path / "x.json").exists()
 
@@ -172,6 +175,20 @@ def test_shards_without_one_usable_sample_are_refused(model, tmp_path):
     write_tar(str(tmp_path / "a.tar"), iter([("7", {"txt": b"Nothing."})]))
     with pytest.raises(StageError, match=r"no usable sample in 1 shards; .*a\.tar: '7': sample '7' has no picture"):
         evaluate(model, str(tmp_path), max_bad_share=1)
+
+
+def test_the_most_frequent_problem_is_told_with_its_share_and_one_example(model, tmp_path):
+    broken = {
+        "a": {"png": png("red")},
+        **{f"n{number}": {"png": b"%d junk" % number, "txt": b"x"} for number in range(3)},
+    }
+    write_tar(str(tmp_path / "a.tar"), iter(broken.items()))
+    example = r"for example .*a\.tar: 'n0': not a JPEG, PNG or WebP picture"
+    with pytest.raises(StageError, match=rf"no usable sample .*; the most frequent problem \(3 of 4\), {example}"):
+        evaluate(model, str(tmp_path))
+    write_tar(str(tmp_path / "b.tar"), iter([("good", pair("red", "Red."))]))
+    with pytest.raises(StageError, match=rf"^4 of 5 .*; the most frequent problem \(3 of 4\), {example}"):
+        evaluate(model, str(tmp_path))
 
 
 def test_a_run_folder_stands_for_its_newest_complete_checkpoint(run):
@@ -286,21 +303,72 @@ def diverged(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "error"),
     [
-        (cut_weights, "cannot load model .*step-00000010.*Safetensor"),
-        (empty_weights, "cannot load model .*step-00000010.*Safetensor"),
-        (foreign_weights, "cannot load model .*step-00000010.*Missing key"),
-        (other_width, "cannot load model .*step-00000010.*size mismatch"),
+        (cut_weights, r"open_clip_model.safetensors is damaged \(Safetensor"),
+        (empty_weights, r"open_clip_model.safetensors is damaged \(Safetensor"),
+        (foreign_weights, "cannot load model '.*step-00000010': .*Missing key"),
+        (other_width, "cannot load model '.*step-00000010': .*size mismatch"),
         (no_weights, "step-00000010: no open_clip_model.safetensors"),
-        (cut_config, "cannot load model .*step-00000010.*JSON"),
-        (list_config, "cannot load model .*step-00000010"),
+        (cut_config, r"open_clip_config.json is damaged \(JSON"),
+        (list_config, r"open_clip_config.json is damaged \(TypeError"),
         (diverged, "the model has diverged"),
     ],
 )
-def test_a_damaged_checkpoint_is_a_clear_error(run, scenes, damage, error):
-    damage(run / "checkpoints" / "step-00000010")
+def test_a_damaged_model_folder_is_a_clear_error(run, scenes, damage, error):
+    folder = run / "checkpoints" / "step-00000010"
+    damage(folder)
+    (folder / STATE_FILE).unlink()
     with pytest.raises(ModelError, match=error) as caught:
-        evaluate(str(run), f"{scenes}/scenes-000000.tar")
+        evaluate(str(folder), f"{scenes}/scenes-000000.tar")
     assert len(str(caught.value)) < 1000
+
+
+def flipped_bit(folder: Path) -> None:
+    data = bytearray((folder / OPEN_CLIP_WEIGHTS).read_bytes())
+    data[-1] ^= 1
+    (folder / OPEN_CLIP_WEIGHTS).write_bytes(data)
+
+
+def list_state(folder: Path) -> None:
+    (folder / STATE_FILE).write_text("[]")
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (cut_weights, "open_clip_model.safetensors: Error while"),
+        (no_weights, "open_clip_model.safetensors: No such file"),
+        (flipped_bit, "open_clip_model.safetensors is not what was written"),
+        (other_width, "open_clip_config.json is not what was written"),
+        (cut_config, "open_clip_config.json: Expecting"),
+        (list_state, ""),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_and_a_whole_one_named(run, scenes, damage, why):
+    older, newest = (run / "checkpoints" / name for name in ("step-00000002", "step-00000010"))
+    write_marks(newest)
+    damage(newest)
+    with pytest.raises(StageError) as caught:
+        evaluate(str(run), f"{scenes}/scenes-000000.tar")
+    assert str(caught.value).startswith(f"checkpoint {newest} is damaged ({why}")
+    assert str(caught.value).endswith(f"; take another one, such as {older}")
+    cut_weights(older)
+    with pytest.raises(StageError, match=r"; take another one; none that is whole lies beside it$"):
+        evaluate(str(newest), f"{scenes}/scenes-000000.tar")
+
+
+def write_marks(folder: Path) -> None:
+    """The sizes and checksums that training stores with a checkpoint."""
+    files = {path.name: file_mark(path) for path in folder.iterdir() if path.name != STATE_FILE}
+    (folder / STATE_FILE).write_text(json.dumps({"step": 10, "files": files}))
+
+
+def test_a_copy_of_a_checkpoint_needs_neither_its_name_nor_what_only_a_training_reads(run, scenes, tmp_path):
+    folder = run / "checkpoints" / "step-00000010"
+    (folder / OPTIMIZER_FILE).write_bytes(b"averages")
+    write_marks(folder)
+    (folder / OPTIMIZER_FILE).unlink()
+    folder.rename(tmp_path / "best")
+    assert evaluate(str(tmp_path / "best"), f"{scenes}/scenes-000000.tar")["count"] == 10
 
 
 def test_a_run_without_a_complete_checkpoint_is_a_clear_error(run, scenes):

@@ -12,7 +12,7 @@ from tiny_architecture import write_architecture
 from goal_ray.errors import StageError
 from goal_ray.export.run import export
 from goal_ray.model import encode_text, load_model
-from goal_ray.settings import ModelConfig
+from goal_ray.settings import OPEN_CLIP_WEIGHTS, ModelConfig
 from goal_ray.train.checkpoint import resolve_checkpoint
 
 
@@ -116,3 +116,12 @@ def test_an_export_works_where_transformers_is_not(run, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     folder = export(str(run), "hf", str(tmp_path / "out"))
     assert json.loads((folder / "config.json").read_text())["text_config"]["max_position_embeddings"] == 248
+
+
+def test_a_damaged_checkpoint_is_refused_and_a_whole_one_named(tiny_clip, tmp_path):
+    run = write_run(tmp_path / "goal", f"model.name={tiny_clip}")
+    weights = resolve_checkpoint(run) / OPEN_CLIP_WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(StageError, match=r"step-00000040 is damaged \(.*; take another one, such as .*step-00000020$"):
+        export(str(run))
+    assert not (run / "export").exists()

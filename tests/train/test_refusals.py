@@ -55,7 +55,7 @@ def test_an_empty_folder_is_refused(config, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("optimizer.lrr=1", "optimizer.lrr: unknown key; allowed here: lr"),
+        ("optimizer.lrr=1", r"command line: optimizer.lrr: unknown key \(did you mean lr\?\); allowed here: lr"),
         ("workers=two", "workers"),
         ("batch_per_worker=0", "batch_per_worker must be at least 1"),
         ("zero_stage=4", "zero_stage"),
