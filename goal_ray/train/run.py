@@ -123,9 +123,10 @@ def train(config: TrainConfig, resume: bool | None = False) -> TrainResult:
     if resume and is_complete(run_dir, config):
         print(f"{run_dir} is complete", file=sys.stderr)
         return finished_run(run_dir)
-    from goal_ray.weights import check_model  # here: it takes seconds to import
+    if not checkpoint_folders(run_dir):  # a checkpoint needs them no more
+        from goal_ray.weights import check_model  # here: it takes seconds to import
 
-    check_model(config.model, "model")
+        check_model(config.model, "model")
     check_room(run_dir)
     busy_cpus = config.max_workers + (config.evaluation.cpus if held_out else 0)
     with ProgressLine(config.name) as line:

@@ -90,6 +90,14 @@ def test_a_model_that_is_nowhere_is_refused_before_ray_starts(config, tmp_path, 
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_run_with_a_checkpoint_needs_its_first_weights_no_more(config, started, monkeypatch):
+    config = replace(config, model=ModelConfig("gone.json"))
+    (started / "config.yaml").write_text(to_yaml(config))
+    monkeypatch.setattr("goal_ray.train.run.ray_session", None)
+    with pytest.raises(TypeError, match="NoneType"):  # as far as Ray's session, which is none here
+        train(config, resume=True)
+
+
 def test_a_place_where_no_run_folder_can_be_made_is_refused_by_its_key(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StageError, match=r"storage_path: .*file/runs/goal cannot be made"):
