@@ -5,6 +5,7 @@ One pass of a tower gives the pooled embedding and the tokens of the last block,
 
 import json
 import math
+import re
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -234,9 +235,11 @@ def load_model(config: ModelConfig, seed: int = 0) -> LoadedModel:
                 tokenizer = _load_tokenizer(name, model_cfg)
                 clip = create_model(name, config.weights)
         except UnpicklingError as error:
-            raise ModelError(
-                f"{config.weights or config.name}: refused, since it holds more than tensors: {error}"
-            ) from None
+            # torch's text advises to load it all the same.
+            found = str(error).rpartition("WeightsUnpickler error:")[2]
+            reason = textwrap.shorten(re.split("Please use|Check the documentation", found)[0], 200)
+            place = config.weights or config.name
+            raise ModelError(f"{place}: refused, since it is damaged or holds more than tensors: {reason}") from None
         except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, SafetensorError, BadZipFile) as error:
             # Weights that do not fit name every tensor.
             reason = textwrap.shorten(f"{type(error).__name__}: {error}", 500)

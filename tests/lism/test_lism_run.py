@@ -19,7 +19,7 @@ from goal_ray.config import load_config
 from goal_ray.errors import ConfigError, ModelError, ShardError, StageError
 from goal_ray.lism.__main__ import main
 from goal_ray.lism.config import LismConfig
-from goal_ray.lism.run import run_lism
+from goal_ray.lism.run import check_settings, run_lism
 from goal_ray.pairs import PairRecord
 from goal_ray.tar_index import read_index
 from goal_ray.tar_places import member_places
@@ -245,8 +245,9 @@ def test_outputs_of_tars_that_are_no_input_any_more_do_not_count(mixed, tiny_cli
 
 
 def test_a_model_that_does_not_load_is_one_clear_error(mixed, tiny_clip, tmp_path):
-    config = settings(tiny_clip, f"matcher.model.weights={tmp_path}/none.pt")
-    with pytest.raises(StageError, match=r"cannot start to match: .*none\.pt.*run the same command again"):
+    (tmp_path / "torn.pt").write_bytes(b"no weights")
+    config = settings(tiny_clip, f"matcher.model.weights={tmp_path}/torn.pt")
+    with pytest.raises(StageError, match=r"cannot start to match: .*torn\.pt.*run the same command again"):
         run_lism(str(mixed.source / "many.tar"), str(tmp_path / "out"), config)
     assert sorted(os.listdir(tmp_path / "out")) == ["config.yaml", "settings.json"]
 
@@ -263,7 +264,8 @@ def test_sam_from_the_command_line_goes_on_after_a_failed_write(tiny_clip, tmp_p
     )
     command = [str(tmp_path / "in"), str(tmp_path / "out"), "--config", str(tmp_path / "lism.yaml")]
     command.append(f"matcher.model.name={tiny_clip}")
-    (tmp_path / "out" / "b.tar").mkdir(parents=True)
+    check_settings(str(tmp_path / "out"), load_config(LismConfig, tmp_path / "lism.yaml", command[4:]))
+    (tmp_path / "out" / "b.tar").mkdir()
     with pytest.raises(StageError, match=r"pairs of b\.tar cannot be written: IsADirectoryError"):
         main(command)
     (tmp_path / "out" / "b.tar").rmdir()
