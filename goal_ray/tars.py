@@ -7,7 +7,7 @@ A member's name splits at the first dot of its base name, as in WebDataset: `a/b
 import io
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import IO, Literal, Self
 
@@ -39,11 +39,6 @@ class Sample:
     members: dict[str, bytes]
     repeated: tuple[str, ...] = ()
     too_large: tuple[str, ...] = ()
-
-    def with_member(self, extension: str, data: bytes) -> "Sample":
-        """This sample and one more member."""
-        again = (extension,) if extension in self.members else ()
-        return replace(self, members={**self.members, extension: data}, repeated=(*self.repeated, *again))
 
     def check_sizes(self) -> None:
         """Raises ShardError where the sample is too large to be read."""

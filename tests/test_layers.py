@@ -123,6 +123,7 @@ for package in (goal_ray, kernels):
 from pathlib import Path
 import numpy as np
 import torch
+from dataclasses import replace
 from goal_ray.batches import ExampleBuilder, collate
 from goal_ray.goal_batch import pack, unpack
 from goal_ray.evaluate.run import evaluate
@@ -157,7 +158,7 @@ for sample in stream_samples(tars[0]):
     (pairs,) = matcher.match([MatchTask(np.asarray(image), boxes, [sample.caption()[a:b] for a, b in spans])])
     regions = tuple(Region(tuple(map(float, box)), 1.0, "felzenszwalb") for box in boxes)
     record = PairRecord(image.size, tuple(spans), regions, tuple(pairs), {})
-    examples.append(build(sample.with_member("pairs.json", record.to_bytes()), tars[0], 0))
+    examples.append(build(replace(sample, members={**sample.members, "pairs.json": record.to_bytes()}), tars[0], 0))
 
 model = GoalModel(loaded.clip, LossConfig(), loaded.preprocess["mean"], loaded.preprocess["std"])
 terms = model(unpack(pack(collate(examples))))

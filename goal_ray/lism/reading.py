@@ -79,13 +79,14 @@ def read_items(url: str, config: LismConfig, watch: ReadingWatch, selection: Sel
     seen: set[int] = set()
     try:
         for sample in stream_samples(url, lambda number: number in selection and watch.begin(number)):
+            key = hash(sample.key)
             item = Item(number, printable(sample.key), sum(map(len, sample.members.values())))
             if number in watch.left_out:
                 yield item.failed("decode", fatal())
             elif number in selection:
-                twice = hash(sample.key) in seen
+                twice = key in seen
                 yield item.failed("decode", ShardError(TWO_PLACES)) if twice else decode(item, sample, config)
-            seen.add(hash(sample.key))
+            seen.add(key)
             number += 1
     except ShardError as error:
         if number not in selection:

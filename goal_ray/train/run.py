@@ -25,6 +25,7 @@ from goal_ray.train.checkpoint import (
     OPTIMIZER_FILE,
     STATE_FILE,
     checkpoint_folders,
+    find_damage,
     newest_intact,
     prune_checkpoints,
     remove_partial,
@@ -134,10 +135,8 @@ def train(config: TrainConfig, resume: bool | None = False) -> TrainResult:
         remove_partial(run_dir)
         line.show("starting Ray")
         try:
-            with (
-                ray_session(busy_cpus),
-                interruption(line.say) as interrupted,
-            ):  # in this order: Ray sets a handler of its own
+            # In this order: Ray sets a handler of its own.
+            with ray_session(busy_cpus), interruption(line.say) as interrupted:
                 train_on_cluster(config, urls, run_dir, resume_from, line, interrupted, began)
         except OSError as error:
             raise StageError(
@@ -147,8 +146,10 @@ def train(config: TrainConfig, resume: bool | None = False) -> TrainResult:
 
 
 def is_complete(run_dir: Path, config: TrainConfig) -> bool:
-    """Whether a run has ended and was asked for nothing else since."""
-    return bool(read_result(run_dir)) and load_config(TrainConfig, run_dir / CONFIG_FILE) == config
+    """Whether a run has ended, was asked for nothing else since, and its checkpoint is whole."""
+    if not read_result(run_dir) or load_config(TrainConfig, run_dir / CONFIG_FILE) != config:
+        return False
+    return find_damage(best_checkpoint(run_dir)) is None
 
 
 def finished_run(run_dir: Path) -> TrainResult:

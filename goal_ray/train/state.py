@@ -45,7 +45,7 @@ class CheckpointWriter:
         self.wait()
         tensors = gather_state(engine, loaded)
         if tensors is not None:
-            self.writing = self.pool.submit(self._write, loaded, *tensors, step, log)
+            self.writing = self.pool.submit(self._write, loaded, *tensors, {"step": step, "log": log})
 
     def wait(self) -> None:
         """Waits until the last checkpoint is complete; raises what it met."""
@@ -58,9 +58,9 @@ class CheckpointWriter:
         loaded: LoadedModel,
         weights: dict[str, torch.Tensor],
         averages: dict[str, torch.Tensor],
-        step: int,
-        log: list[dict[str, Any]],
+        state: dict[str, Any],
     ) -> None:
+        step = state["step"]
         broken = [name for name, tensor in {**weights, **averages}.items() if not tensor.isfinite().all()]
         if broken:
             raise StageError(
@@ -71,7 +71,7 @@ class CheckpointWriter:
         partial = final.with_name(f".{final.name}.tmp")
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            self._store(loaded, weights, averages, step, log, partial, final)
+            self._store(loaded, weights, averages, state, partial, final)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)  # it may hold the last of the room
             raise StageError(
@@ -85,15 +85,14 @@ class CheckpointWriter:
         loaded: LoadedModel,
         weights: dict[str, torch.Tensor],
         averages: dict[str, torch.Tensor],
-        step: int,
-        log: list[dict[str, Any]],
+        state: dict[str, Any],
         partial: Path,
         final: Path,
     ) -> None:
         save_model(partial, loaded, weights)
         save_file(averages, partial / OPTIMIZER_FILE)
         files = {path.name: file_mark(path) for path in sorted(partial.iterdir())}
-        (partial / STATE_FILE).write_text(json.dumps({"step": step, "files": files, "log": log}), encoding="utf-8")
+        (partial / STATE_FILE).write_text(json.dumps({**state, "files": files}), encoding="utf-8")
         for path in partial.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
