@@ -1,5 +1,6 @@
 """A model to evaluate, and scenes to evaluate it on."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,4 +24,14 @@ def scenes(tmp_path_factory) -> Path:
     """30 drawn scenes in three tars; their captions exceed the model's context."""
     folder = tmp_path_factory.mktemp("scenes")
     draw_scenes(folder, 30, 7, SceneSettings(shard_size=10, size=40))
+    return folder
+
+
+@pytest.fixture
+def run(model, tmp_path) -> Path:
+    """A run folder with two checkpoints and the leftovers of a third."""
+    folder = tmp_path / "run"
+    for name, state in (("step-00000002", "state.json"), ("step-00000010", "state.json"), (".step-00000020.tmp", "x")):
+        shutil.copytree(model, folder / "checkpoints" / name)
+        (folder / "checkpoints" / name / state).write_text('{"step": 1}')
     return folder
