@@ -1,6 +1,5 @@
 """What a run folder holds, read back and checked."""
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from goal_ray.config import load_config
 from goal_ray.errors import StageError
+from goal_ray.jsonl import read_records
 from goal_ray.train.config import TrainConfig
 from goal_ray.train.recorder import METRICS_FILE
 from goal_ray.train.result import EVALUATION_FOLDER
@@ -95,33 +95,10 @@ def read_run(folder: Path, name: str) -> RunRecords:
         folder,
         load_config(TrainConfig, folder / CONFIG_FILE),
         (folder / CONFIG_FILE).read_text(encoding="utf-8"),
-        read_lines(folder / METRICS_FILE, ("step", "total_steps", "loss", "seconds")),
+        read_records(folder / METRICS_FILE, ("step", "total_steps", "loss", "seconds")),
         [read_evaluation(path) for path in sorted((folder / EVALUATION_FOLDER).glob("*.json"))],
-        read_lines(folder / QUARANTINE_FILE, ("stage", "reason")),
+        read_records(folder / QUARANTINE_FILE, ("stage", "reason")),
     )
-
-
-def read_lines(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """The records of a JSONL file, which must have `keys`; none where the file is missing.
-
-    A last line without its end is left out: the run that writes it goes on, or was killed. Raises StageError for any
-    other line that is not a record.
-    """
-    records = []
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            missing = [key for key in keys if key not in record] if isinstance(record, dict) else keys
-            problem = f"has no {', '.join(missing)}" if missing else ""
-        except ValueError as error:
-            problem = f"is not JSON ({error})"
-        if problem and number == len(lines) and not line.endswith(b"\n"):
-            continue
-        if problem:
-            raise StageError(f"{path}: line {number} {problem}; delete that line")
-        records.append(record)
-    return records
 
 
 def read_evaluation(path: Path) -> Evaluation:

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from goal_ray.jsonl import append_records, read_records
 from goal_ray.train.checkpoint import checkpoint_folder, checkpoint_folders, step_of
 from goal_ray.train.config import EvaluationConfig
-from goal_ray.train.recorder import append_records, read_records
 
 HISTORY_FILE = "evaluations.jsonl"
 RANKINGS = ("", "local", "joint")

@@ -2,17 +2,16 @@
 
 import json
 import logging
-import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from goal_ray.events import event, wants_json
+from goal_ray.jsonl import append_records, read_records
 from goal_ray.shard_urls import shard_name
 from goal_ray.storage import write_bytes
 from goal_ray.train.cost import Cost
@@ -165,28 +164,6 @@ class RunRecorder:
 def bad_sample(record: dict[str, str]) -> tuple[str, str]:
     """Which sample a quarantine's record is of, wherever its shard lies."""
     return shard_name(record["shard"]), record["key"]
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file; none where it is missing. Lines that were torn by a kill or a full disk are none."""
-    records = []
-    # Bytes: a key may hold a sign that str.splitlines takes for a line's end, and a torn line may end inside a sign.
-    for line in path.read_bytes().split(b"\n") if path.exists() else []:
-        with suppress(ValueError):
-            records.append(json.loads(line))
-    return records
-
-
-def append_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Adds records to a JSONL file, behind a torn line where there is one."""
-    lines = [json.dumps(record, ensure_ascii=False) for record in records]
-    # A key's bytes that are not UTF-8, Python's surrogates, become JSON's escapes, which give them back.
-    text = "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace")
-    with path.open("ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            text = text if file.read(1) == b"\n" else b"\n" + text
-        file.write(text)
 
 
 def keep_steps(path: Path, last_step: int) -> list[dict[str, Any]]:

@@ -12,9 +12,9 @@ from metadata_server import MetadataServer
 from paired_shards import write_shards
 
 from goal_ray.config import to_yaml
+from goal_ray.jsonl import read_records
 from goal_ray.settings import ModelConfig
 from goal_ray.train.config import DataConfig, OptimizerConfig, TrainConfig
-from goal_ray.train.recorder import read_records
 
 pytestmark = pytest.mark.ray
 

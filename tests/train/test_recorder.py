@@ -1,32 +1,11 @@
 """The run folder's JSONL files."""
 
-import json
-
 import pytest
 
+from goal_ray.jsonl import read_records
 from goal_ray.train.cost import Cost
 from goal_ray.train.metrics import Metrics
-from goal_ray.train.recorder import ProgressLine, RunRecorder, append_records, read_records
-
-
-def test_records_survive_odd_signs_and_a_line_torn_inside_one(tmp_path):
-    path = tmp_path / "quarantine.jsonl"
-    record = {"key": "a\u2028b", "reason": "日本"}
-    line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
-    path.write_bytes(line + line[:-4])
-    assert read_records(path) == [record]
-    assert read_records(tmp_path / "missing.jsonl") == []
-
-
-@pytest.mark.parametrize("torn", [b'{"key": "c', b'{"key": {"a": 1}', b'{"key": "\xe6'])
-def test_what_is_added_behind_a_torn_line_can_be_read(tmp_path, torn):
-    path = tmp_path / "evaluations.jsonl"
-    append_records(path, [{"key": "a"}])
-    path.write_bytes(path.read_bytes() + torn)
-    append_records(path, [{"key": "b"}, {"key": "caf\udce9"}])
-    append_records(path, [])
-    append_records(path, [{"key": "d"}])
-    assert [record["key"] for record in read_records(path)] == ["a", "b", "caf\udce9", "d"]
+from goal_ray.train.recorder import ProgressLine, RunRecorder
 
 
 def test_a_bad_sample_is_one_wherever_its_shard_lies(tmp_path):
