@@ -20,7 +20,7 @@ import open_clip
 import torch
 from PIL import Image
 
-from goal_ray.lism.output import ShardCounts
+from goal_ray.lism.counts import ShardCounts
 from goal_ray.lism.picks import Pick, Picks
 from goal_ray.order import BatchOrder
 from goal_ray.tar_index import index_url, make_index
@@ -86,7 +86,7 @@ def measure_record() -> tuple[int, int]:
         counts, picks = ShardCounts(10**9), list[Pick]()
         for number in range(SAMPLES):
             similarities = np.random.default_rng(number).uniform(0.1, 0.4, SENTENCES).tolist()
-            counts.add_pairs(REGIONS, SENTENCES, similarities, whole_image=1)
+            counts.add_pairs(REGIONS, SENTENCES, similarities, whole_image=1, paired_sentences=SENTENCES)
             picks += [Pick("train-000000.tar", number, f"{number:09d}", n, n, s) for n, s in enumerate(similarities)]
         counts.picks = Picks.among(picks)
         return counts

@@ -12,8 +12,9 @@ from goal_ray.spot.notice import CLOUDS, wait_for_notice
 DESCRIPTION = """Tells Ray when the cloud is about to take this machine away.
 
 To be started beside `ray start` on spot machines of AWS or Google Cloud, as the launcher files in cluster/ do. At the
-cloud's notice, two minutes or half a minute ahead, it has Ray drain the node: it gets no new work, and a training saves
-and goes on without it. On Kubernetes Ray drains a node by itself, when its pod is told to end."""
+cloud's notice, two minutes ahead on AWS and at most half a minute on Google Cloud, it has Ray drain the node: it gets
+no new work, and a training saves, where the time suffices, and goes on without it. On Kubernetes Ray drains a node by
+itself, when its pod is told to end."""
 
 
 def drain(address: str, node_id: str | None, left_s: float, why: str) -> str:

@@ -1,6 +1,7 @@
 """What clouds tell a machine that they are about to take away, a spot instance, by its metadata server.
 
-AWS says it two minutes ahead, Google Cloud half a minute.
+AWS says it two minutes ahead. Google Cloud says it as it begins to shut the machine down, which takes half a minute at
+most and is not promised; Docker, which stops then, kills containers after their `--stop-timeout`.
 """
 
 import json
@@ -39,7 +40,7 @@ def aws_notice(server: str) -> float | None:
 
 
 def gcp_notice(server: str) -> float | None:
-    """Seconds until Google Cloud takes the machine; None without a notice. Raises OSError where no answer comes.
+    """Seconds until Google Cloud takes the machine, at most; None without a notice. Raises OSError where none answers.
 
     Source: Compute Engine documentation, "Detect if a VM was preempted": metadata key `preempted`.
     """

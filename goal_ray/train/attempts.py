@@ -206,6 +206,8 @@ class Attempts:
 
     def _reason_to_end(self, workers: int, more: Demand) -> Ending | None:
         """Why this group of workers should save a checkpoint and end, if it should; `more` is wanted beside it."""
+        import ray
+
         if self.interrupted.is_set():
             return "interrupted"
         if len(self.recorder.bad) > self.most_bad:  # a worker stops by itself only for what it alone has met
@@ -216,7 +218,11 @@ class Attempts:
         if now - self.looked_around < LOOK_AROUND_S:
             return None
         self.looked_around = now
-        if self.nodes & draining_nodes():
+        leaving = draining_nodes()
+        if ray.get_runtime_context().get_node_id() in leaving:  # this process ends with its node, whatever it does
+            self.interrupted.set()
+            return "interrupted"
+        if self.nodes & leaving:
             return "preempted"
         lack = lacking(self.config, self.use_gpu, workers, cluster_resources())
         if lack and lack != self.lack:  # a node on which no worker was is gone

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
 KUBERNETES = CLUSTER / "kubernetes"
 LAUNCHER = sorted((CLUSTER / "launcher").glob("*.yaml"))
-APPLIED = ("base", "jobs", "lism", "train", "overlays/spot", "overlays/cpu")
+APPLIED = ("setup", "shell", "base", "jobs", "lism", "train", "overlays/spot", "overlays/cpu", "overlays/cpu-setup")
 KUBECTL = shutil.which("kubectl")
 
 
@@ -39,7 +39,9 @@ def cluster_specs(thing: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def pods(thing: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The pod templates of a RayCluster or RayJob."""
+    """The pod templates of a RayCluster or RayJob, and a pod that stands alone."""
+    if thing["kind"] == "Pod":
+        yield thing
     for spec in cluster_specs(thing):
         for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
             yield group["template"]

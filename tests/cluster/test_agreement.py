@@ -1,14 +1,20 @@
 """What stands in several files is the same in all of them."""
 
+import ast
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import pytest
+import ray
 import yaml
 from manifests import CLUSTER, KUBERNETES, LAUNCHER, ROOT, cluster_specs, written
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from goal_ray import __version__
 from goal_ray.config import load_config
@@ -105,6 +111,43 @@ def test_login_shells_in_the_image_find_its_commands_too():
     text = (CLUSTER / "Dockerfile").read_text()
     (folder,) = re.findall(r"^ENV PATH=(\S+):\$\{PATH\}", text, re.MULTILINE)
     assert f'"PATH={folder}:\\${{PATH}}" > /etc/profile.d/goal_ray.sh' in text
+
+
+@pytest.mark.parametrize("cloud", ["aws", "gcp"])
+def test_the_image_and_the_cloud_s_extra_hold_what_ray_s_autoscaler_imports(cloud):
+    extras = re.search(r'"\.\[([\w,]+)\]"', (CLUSTER / "Dockerfile").read_text())[1].split(",")
+    names = packages_distributions()
+    for module in imported(Path(ray.__path__[0]) / "autoscaler" / "_private" / cloud):
+        makers = {canonicalize_name(name) for name in names[module]}
+        for chosen in (extras, [cloud]):
+            assert makers & installed_with(chosen), (module, chosen)
+
+
+def imported(folder: Path) -> set[str]:
+    """The top modules that the files of a folder import, but Ray's and Python's own."""
+    nodes = [node for path in folder.rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))]
+    found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    found |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    return {name.partition(".")[0] for name in found} - {"ray", *sys.stdlib_module_names}
+
+
+def installed_with(extras: list[str]) -> set[str]:
+    """The distributions that pip installs for goal_ray with these extras, by the metadata of those that are here."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(each for name in extras for each in project["optional-dependencies"][name])]
+    waiting, found = [Requirement(each) for each in wanted], set()
+    while waiting:
+        requirement = waiting.pop()
+        key = (canonicalize_name(requirement.name), frozenset(requirement.extras))
+        if key in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        found.add(key)
+        for extra in ("", *requirement.extras):
+            for each in map(Requirement, requires(requirement.name) or []):
+                if each.marker is None or each.marker.evaluate({"extra": extra}):
+                    each.marker = None
+                    waiting.append(each)
+    return {name for name, _ in found}
 
 
 def test_the_image_holds_what_the_dockerfile_copies():

@@ -1,6 +1,7 @@
 """Ray's cluster launcher takes our files."""
 
 import copy
+import re
 
 import jsonschema
 import pytest
@@ -8,9 +9,14 @@ import yaml
 from manifests import LAUNCHER
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from goal_ray.spot.notice import CLOUDS
+from goal_ray.spot.notice import CLOUDS, GCP_NOTICE_S
 
 FILES = pytest.mark.parametrize("path", LAUNCHER, ids=[path.stem for path in LAUNCHER])
+ON_CLOUDS = pytest.mark.parametrize(
+    "path",
+    [path for path in LAUNCHER if path.stem != "on-premise"],
+    ids=lambda path: path.stem,
+)
 
 
 @FILES
@@ -65,9 +71,68 @@ def test_spot_differs_from_its_model_in_what_is_spot_alone_and_never_in_the_head
     assert spot == plain
 
 
-@pytest.mark.parametrize("name", ["aws", "gcp", "aws-spot", "gcp-spot"])
-def test_nodes_start_from_nothing(name):
-    config = yaml.safe_load(next(path for path in LAUNCHER if path.stem == name).read_text())
+@ON_CLOUDS
+def test_ray_adds_no_commands_of_its_own_to_ours(path):
+    """Its defaults for a cloud install packages, which the image's user may not."""
+    ours = yaml.safe_load(path.read_text())
+    taken = prepare_config(copy.deepcopy(ours))
+    for name in [name for name in taken if name.endswith("_commands")]:
+        assert taken[name] == ours[name], name
+    assert taken["setup_commands"] == taken["head_setup_commands"] == taken["worker_setup_commands"] == []
+
+
+@ON_CLOUDS
+def test_the_lines_for_a_private_registry_are_commands_once_the_sign_is_taken_away(path):
+    text = path.read_text()
+    before = yaml.safe_load(text)["initialization_commands"]
+    after = yaml.safe_load(re.sub(r"^  # (- |  )", r"  \1", text, flags=re.MULTILINE))
+    validate_config(prepare_config(after))
+    *same, login = after["initialization_commands"]
+    assert same == before
+    assert re.search(r"docker login|configure-docker", login)
+
+
+def on(cloud: str) -> list[dict]:
+    """The node types of a cloud's files."""
+    files = [yaml.safe_load(path.read_text()) for path in LAUNCHER if path.stem.startswith(cloud)]
+    assert len(files) == 2
+    return [{**kind["node_config"], "provider": file["provider"]} for file in files for kind in types(file).values()]
+
+
+def types(file: dict) -> dict[str, dict]:
+    return file["available_node_types"]
+
+
+def test_google_s_disks_are_of_a_kind_that_all_its_machines_take_in_the_nodes_zone():
+    for node in on("gcp"):
+        zone = node["provider"]["availability_zone"]
+        assert zone.startswith(node["provider"]["region"])
+        kinds = {disk["initializeParams"]["diskType"] for disk in node["disks"]}
+        assert kinds == {f"zones/{zone}/diskTypes/pd-balanced"}
+
+
+def test_google_s_shutdown_leaves_the_container_its_half_minute():
+    for name in ("gcp", "gcp-spot"):
+        file = yaml.safe_load(next(path for path in LAUNCHER if path.stem == name).read_text())
+        assert f"--stop-timeout {GCP_NOTICE_S:.0f}" in file["docker"]["run_options"]
+
+
+def test_all_of_amazon_s_nodes_are_in_one_security_group_that_the_file_system_can_name():
+    groups = [node["SecurityGroupIds"] for node in on("aws")]
+    assert all(group == groups[0] and len(group) == 1 for group in groups)
+
+
+@ON_CLOUDS
+def test_the_shared_folder_s_client_is_installed_before_it_is_mounted(path):
+    client, folder, mount = yaml.safe_load(path.read_text())["initialization_commands"]
+    assert "install --yes nfs-common" in client
+    assert "mkdir" in folder
+    assert " -t nfs" in mount
+
+
+@ON_CLOUDS
+def test_nodes_start_from_nothing(path):
+    config = yaml.safe_load(path.read_text())
     workers = [kind for key, kind in config["available_node_types"].items() if key != "head"]
     assert {kind["min_workers"] for kind in workers} == {0}
     assert config["max_workers"] == sum(kind["max_workers"] for kind in workers)

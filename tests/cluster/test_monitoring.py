@@ -99,6 +99,29 @@ def test_every_alert_is_tried_firing_and_silent():
     assert set(tried) == {(rule["alert"], fires) for rule in RULES for fires in (True, False)}
 
 
+def test_on_kubernetes_prometheus_finds_the_ports_of_all_metrics_and_gets_through():
+    from ray.autoscaler._private.constants import AUTOSCALER_METRIC_PORT
+
+    monitor = yaml.safe_load((FOLDER / "pod-monitor.yaml").read_text())["spec"]
+    kubernetes = FOLDER.parent / "kubernetes"
+    assert monitor["namespaceSelector"]["matchNames"] == [
+        yaml.safe_load((kubernetes / "setup/namespace.yaml").read_text())["metadata"]["name"]
+    ]
+    head = yaml.safe_load((kubernetes / "base/raycluster.yaml").read_text())["spec"]["headGroupSpec"]
+    (container,) = head["template"]["spec"]["containers"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    scraped = {ports[endpoint["port"]] for endpoint in monitor["podMetricsEndpoints"]}
+    assert scraped == {8080, AUTOSCALER_METRIC_PORT}
+    _, policy = yaml.safe_load_all((kubernetes / "setup/network.yaml").read_text())
+    (rule,) = policy["spec"]["ingress"]
+    assert {port["port"] for port in rule["ports"]} == scraped
+
+
+def test_gpu_memory_is_drawn_in_the_mebibytes_that_ray_counts():
+    (panel,) = [panel for panel in PANELS if panel["targets"][0]["expr"] == "ray_node_gram_used"]
+    assert panel["fieldConfig"]["defaults"]["unit"] == "mbytes"
+
+
 def test_prometheus_reads_the_alerts():
     config = yaml.safe_load((FOLDER / "prometheus.yaml").read_text())
     assert [(FOLDER / name).exists() for name in config["rule_files"]] == [True]

@@ -3,6 +3,7 @@
 import math
 import threading
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -49,16 +50,36 @@ def test_a_worker_s_custom_resources_count_too():
     assert lacking(config, False, 2, {"CPU": 3, "train": 2}) == ""
 
 
-def test_bad_samples_are_counted_over_all_workers(tmp_path):
+@pytest.fixture
+def attempts(tmp_path):
+    """Of a run whose samples may be bad in two cases, without a cluster."""
     config = elastic(1)
     with ProgressLine("goal") as line, RunRecorder(tmp_path, line, [], Metrics("goal"), 0.0) as recorder:
         evaluations = Evaluations(tmp_path, config.evaluation, lambda *_: None, line.say)
-        attempts = Attempts(config, {"run_dir": tmp_path}, 2, False, recorder, evaluations, threading.Event())
-        attempts.looked_around = math.inf  # there is no cluster to look at
-        for number, ending in enumerate([None, None, "spoiled"]):
-            sample = {"shard": "a.tar", "key": str(number), "stage": "decode", "reason": "torn"}
-            attempts._receive({"bad": [sample, sample]})
-            assert attempts._reason_to_end(1, Demand([])) == ending
+        yield Attempts(config, {"run_dir": tmp_path}, 2, False, recorder, evaluations, threading.Event())
+
+
+def test_bad_samples_are_counted_over_all_workers(attempts):
+    attempts.looked_around = math.inf  # there is no cluster to look at
+    for number, ending in enumerate([None, None, "spoiled"]):
+        sample = {"shard": "a.tar", "key": str(number), "stage": "decode", "reason": "torn"}
+        attempts._receive({"bad": [sample, sample]})
+        assert attempts._reason_to_end(1, Demand([])) == ending
+
+
+@pytest.mark.parametrize(
+    ("leaving", "ending"),
+    [({"worker"}, "preempted"), ({"driver"}, "interrupted"), ({"driver", "worker"}, "interrupted"), ({"other"}, None)],
+)
+def test_a_node_that_leaves_ends_the_attempt_and_the_driver_s_own_the_run(attempts, monkeypatch, leaving, ending):
+    import ray
+
+    monkeypatch.setattr("goal_ray.train.attempts.draining_nodes", lambda: leaving)
+    monkeypatch.setattr("goal_ray.train.attempts.cluster_resources", lambda: {"CPU": 8.0})
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "driver"))
+    attempts.nodes.add("worker")
+    assert attempts._reason_to_end(1, Demand([])) == ending
+    assert attempts.interrupted.is_set() is (ending == "interrupted")
 
 
 @given(data=st.data(), fewest=st.integers(1, 8), most=st.integers(1, 8), use_gpu=st.booleans())
