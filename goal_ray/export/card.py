@@ -1,9 +1,9 @@
 """The model card: a README.md of facts from the model and its run folder. What is not known is left out."""
 
-import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,9 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from goal_ray import __version__
-from goal_ray.errors import StageError
 from goal_ray.model import LoadedModel, image_tower, logit_scale, text_tower
-from goal_ray.report.records import RunRecords, read_run
-from goal_ray.report.tables import COLUMNS, metrics_tables, settings
+from goal_ray.report.records import RunRecords, read_object, read_run
+from goal_ray.report.tables import COLUMNS, cost, metrics_tables, settings
 from goal_ray.settings import TERMS
 from goal_ray.train.checkpoint import STATE_FILE
 from goal_ray.train.result import best_checkpoint
@@ -23,7 +22,6 @@ from goal_ray.train.run import EXPORT_FOLDER as MODEL_FOLDER
 from goal_ray.train.run import SHARDS_FILE
 
 CARD_FILE = "README.md"
-COST_FILE = "cost.json"
 TEMPLATE = "export/card.md.j2"
 
 
@@ -81,7 +79,7 @@ def run_values(run_dir: Path, checkpoint: Path) -> dict[str, Any]:
     step = read_object(checkpoint / STATE_FILE).get("step")
     logged = [record for record in run.metrics if step is None or record["step"] <= step]
     evaluations = [evaluation for evaluation in run.evaluations if is_of(evaluation.model, checkpoint, run_dir)]
-    run = RunRecords(run.name, run.folder, run.config, run.config_yaml, logged, evaluations, run.quarantine)
+    run = replace(run, metrics=logged, evaluations=evaluations)
     return {
         "run": run,
         "settings": settings(run),
@@ -91,7 +89,7 @@ def run_values(run_dir: Path, checkpoint: Path) -> dict[str, Any]:
         "losses": losses(run),
         "columns": COLUMNS,
         "metrics": metrics_tables([run]),
-        "cost": cost(run_dir / COST_FILE),
+        "cost": cost(run),
     }
 
 
@@ -107,9 +105,9 @@ def data(run: RunRecords) -> list[tuple[str, str]]:
     rows = [("shards", run.config.data.shards)]
     counts = read_object(run.folder / SHARDS_FILE)
     if counts:
-        rows.append(("samples", f"{sum(counts.values())} usable, in {len(counts)} tars"))
+        rows.append(("samples", f"{sum(counts.values()):,} usable, in {len(counts):,} tars"))
     left_out = Counter(record["stage"] for record in run.quarantine)
-    rows += [(f"left out at {stage}", f"{count} samples") for stage, count in left_out.most_common()]
+    rows += [(f"left out at {stage}", f"{count:,} samples") for stage, count in left_out.most_common()]
     return rows
 
 
@@ -121,39 +119,6 @@ def losses(run: RunRecords) -> list[tuple[str, str]]:
     weighted = [name for name, weight in zip(TERMS, run.config.loss.configured, strict=True) if weight]
     named = {"loss": last["loss"], **{f"loss_{name}": last.get(f"loss_{name}") for name in weighted}}
     return [(name, f"{value:.4f}") for name, value in named.items() if value is not None]
-
-
-def cost(path: Path) -> list[tuple[str, str]]:
-    """(what, value) of a run's cost.json, as far as it tells. Raises StageError for anything but a JSON object."""
-    found = read_object(path)
-    shown: dict[str, tuple[str, Callable[[Any], str]]] = {
-        "device": ("device", str),
-        "workers": ("workers", lambda count: f"{count:g}"),
-        "seconds": ("time", lambda seconds: f"{seconds / 3600:.3g} h" if seconds >= 3600 else f"{seconds:.0f} s"),
-        "gpu_hours": ("GPU hours", lambda hours: f"{hours:.3g}"),
-        "worker_hours": ("worker hours", lambda hours: f"{hours:.3g}"),
-        "flops": ("floating-point operations", lambda count: f"{count:.2e}"),
-        "images_per_s": ("pictures per second", lambda rate: f"{rate:.1f}"),
-        "peak_memory_bytes": ("peak memory", lambda size: f"{size / 2**30:.2f} GiB"),
-        "energy_joules": ("energy", lambda joules: f"{joules / 3.6e6:.3g} kWh"),
-    }
-    try:
-        return [(title, show(found[key])) for key, (title, show) in shown.items() if found.get(key) is not None]
-    except (TypeError, ValueError) as error:
-        raise StageError(f"{path}: {error}; delete the file to export without it") from None
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where the file is missing. Raises StageError for anything else."""
-    if not path.is_file():
-        return {}
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise StageError(f"{path}: not JSON ({error}); delete the file to export without it") from None
-    if not isinstance(tree, dict):
-        raise StageError(f"{path}: not a JSON object; delete the file to export without it")
-    return tree
 
 
 def escape(value: Any) -> Any:

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from goal_ray.cli import parser, run_main
 from goal_ray.report.run import write_report
 
-DESCRIPTION = """Write one HTML page about training runs: settings, curves, retrieval metrics, pictures with regions.
+DESCRIPTION = """Write one HTML page about training runs: settings, curves, cost, retrieval metrics, pictures.
 
 RUN is a folder that `goal-ray train` made; several runs are drawn over each other, each in a colour of its own. Metrics
-come from RUN/evaluation/, which `goal-ray evaluate RUN SHARDS` fills. The pictures are a sample of the paired shards
-that the last run with local pairs was trained on; each sentence has the colour of its region. The page holds all it
-shows and loads nothing, so it can be mailed and read offline. It can be written while a run still goes on."""
+come from RUN/evaluation/, which `goal-ray evaluate RUN SHARDS` fills, and over the steps from the checkpoints that were
+evaluated during the training (`evaluation.shards`). The pictures are a sample of the paired shards that the last run
+with local pairs was trained on; each sentence has the colour of its region. The page holds all it shows and loads
+nothing, so it can be mailed and read offline. It can be written while a run still goes on."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,21 +1,49 @@
 """What a run folder holds, read back and checked."""
 
+import json
 import os
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
 from goal_ray.config import load_config
 from goal_ray.errors import StageError
 from goal_ray.jsonl import read_records
+from goal_ray.lism.run import SUMMARY_FILE
+from goal_ray.storage import join, read_bytes
 from goal_ray.train.config import TrainConfig
+from goal_ray.train.cost import COST_FILE
+from goal_ray.train.evaluation import HISTORY_FILE
 from goal_ray.train.recorder import METRICS_FILE
 from goal_ray.train.result import EVALUATION_FOLDER
 from goal_ray.train.run import CONFIG_FILE
 from goal_ray.train.scan import QUARANTINE_FILE
+
+
+class Ranking(NamedTuple):
+    """What is ranked, and its two directions, in words."""
+
+    title: str
+    text_to_image: str
+    image_to_text: str
+
+
+# By the name under which an evaluation stores them.
+RANKINGS = {
+    "": Ranking("captions and pictures", "text → image", "image → text"),
+    "local": Ranking("sentences and regions", "sentence → region", "region → sentence"),
+    "joint": Ranking("both together", "joint, text → image", "joint, image → text"),
+}
+
+
+def metric_title(metric: str) -> str:
+    """A metric of the history in words: `local.text_to_image.R@1` is sentence → region R@1."""
+    *ranking, direction, name = metric.split(".")
+    return f"{getattr(RANKINGS[''.join(ranking)], direction)} {name.replace('_', ' ')}"
 
 
 @dataclass(frozen=True)
@@ -42,10 +70,19 @@ class Evaluation:
 
     @property
     def rankings(self) -> dict[str, Retrieval]:
-        """Each ranking by what it ranks."""
+        """Those of RANKINGS that were measured."""
         whole = Retrieval(self.text_to_image, self.image_to_text, self.count)
-        found = {"captions and pictures": whole, "sentences and regions": self.local, "both together": self.joint}
+        found = {"": whole, "local": self.local, "joint": self.joint}
         return {name: ranking for name, ranking in found.items() if ranking is not None}
+
+
+@dataclass(frozen=True)
+class LismSummary:
+    """What LISM made of the shards · reasons: stage and kind of reason -> samples in the quarantine."""
+
+    samples: int
+    quarantined: int
+    reasons: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,6 +92,8 @@ class RunRecords:
     name         told apart from the other runs
     config_yaml  the resolved config as stored
     metrics      log records, oldest first; empty before the first log line
+    history      of every checkpoint that was evaluated while the run trained: its step and metrics by dotted names
+    cost         what the run has cost so far, as stored; empty where that is not known
     quarantine   a record for every bad sample
     """
 
@@ -63,11 +102,25 @@ class RunRecords:
     config: TrainConfig
     config_yaml: str
     metrics: list[dict[str, Any]]
+    history: list[dict[str, Any]]
     evaluations: list[Evaluation]
+    cost: dict[str, Any]
     quarantine: list[dict[str, Any]]
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """Step and value of the best evaluation by `evaluation.metric`, the earliest of equals; None before the first.
+
+        It is the one that training chooses.
+        """
+        metric = self.config.evaluation.metric
+        values = {record["step"]: record[metric] for record in self.history if metric in record}
+        sign = -1 if self.config.evaluation.lower_is_better else 1
+        return max(sorted(values.items()), key=lambda item: sign * item[1], default=None)
 
 
 _EVALUATION = TypeAdapter(Evaluation)
+_LISM = TypeAdapter(LismSummary)
 
 
 def read_runs(folders: Sequence[str]) -> list[RunRecords]:
@@ -96,8 +149,10 @@ def read_run(folder: Path, name: str) -> RunRecords:
         load_config(TrainConfig, folder / CONFIG_FILE),
         (folder / CONFIG_FILE).read_text(encoding="utf-8"),
         read_records(folder / METRICS_FILE, ("step", "total_steps", "loss", "seconds")),
+        read_records(folder / HISTORY_FILE, ("step",)),
         [read_evaluation(path) for path in sorted((folder / EVALUATION_FOLDER).glob("*.json"))],
-        read_records(folder / QUARANTINE_FILE, ("stage", "reason")),
+        read_object(folder / COST_FILE),
+        read_records(folder / QUARANTINE_FILE, ("shard", "stage", "reason")),
     )
 
 
@@ -112,3 +167,27 @@ def read_evaluation(path: Path) -> Evaluation:
             f"{path}: not an evaluation: {place + ': ' if place else ''}{first['msg']}; "
             "make it again with `goal-ray evaluate`, or delete it"
         ) from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where the file is missing. Raises StageError for anything else."""
+    if not path.is_file():
+        return {}
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StageError(f"{path}: not JSON ({error}); delete the file to go on without it") from None
+    if not isinstance(tree, dict):
+        raise StageError(f"{path}: not a JSON object; delete the file to go on without it")
+    return tree
+
+
+def read_lism_summary(shards: str) -> LismSummary | None:
+    """LISM's summary that lies beside shards, as a run's settings name them; None where there is none to be read."""
+    names_files = re.search(r"(\.tar|[*?\[{][^/]*)$", shards)
+    folder = (shards.rpartition("/")[0] or ".") if names_files else shards
+    try:
+        return _LISM.validate_json(read_bytes(join(folder, SUMMARY_FILE)))
+    # Of other shards, of another version, or on a storage that is out of reach, each with errors of its own.
+    except Exception:
+        return None

@@ -5,14 +5,15 @@ from dataclasses import dataclass
 
 from goal_ray.errors import GoalRayError, StageError
 from goal_ray.pages.render import render_page
-from goal_ray.report.curves import draw_curves
+from goal_ray.report.curves import draw_curves, draw_held_out
 from goal_ray.report.gallery import Gallery, draw_gallery
-from goal_ray.report.records import RunRecords, read_runs
-from goal_ray.report.tables import COLUMNS, metrics_tables, quarantine_rows, settings_table
+from goal_ray.report.records import RunRecords, read_lism_summary, read_runs
+from goal_ray.report.tables import COLUMNS, cost, kinds_of_reasons, metrics_tables, settings, side_by_side
 from goal_ray.storage import write_bytes
 
 REPORT_FILE = "report.html"
 TEMPLATE = "report/report.html.j2"
+KINDS_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,15 @@ def write_report(
     data = render_page(
         TEMPLATE,
         runs=runs,
-        settings=settings_table(runs),
+        settings=side_by_side([settings(run) for run in runs]),
         curves=draw_curves(runs),
+        held_out=draw_held_out(runs),
+        cost=side_by_side([cost(run) for run in runs]),
         columns=COLUMNS,
         metrics=metrics_tables(runs),
-        quarantine=[quarantine_rows(run) for run in runs],
+        left_out=[kinds_of_reasons(run.quarantine) for run in runs],
+        lism={shards: read_lism_summary(shards) for shards in dict.fromkeys(run.config.data.shards for run in runs)},
+        kinds_shown=KINDS_SHOWN,
         gallery=gallery,
         note=note,
     )

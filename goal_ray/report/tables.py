@@ -2,86 +2,135 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from goal_ray.report.records import Evaluation, Retrieval, RunRecords
+from goal_ray.errors import StageError
+from goal_ray.lism.counts import kind_of
+from goal_ray.report.records import RANKINGS, Evaluation, Ranking, Retrieval, RunRecords, metric_title
 from goal_ray.settings import TERMS, Weight
+from goal_ray.train.cost import COST_FILE
 
 SHARES = ("R@1", "R@5", "R@25", "R@50", "mAP")
 COLUMNS = (*SHARES, "median_rank")
 
 
-def settings_table(runs: Sequence[RunRecords]) -> list[tuple[str, list[str]]]:
-    """(setting, its value in every run), the settings that decide how a run turns out."""
-    columns = [settings(run) for run in runs]
-    return [(name, [column[name] for column in columns]) for name in columns[0]]
+def side_by_side(columns: Sequence[Mapping[str, str]]) -> list[tuple[str, list[str]]]:
+    """(what, its value in every run) of a table with a column for each run; a dash where a run has no value."""
+    names = dict.fromkeys(name for column in columns for name in column)
+    return [(name, [column.get(name, "–") for column in columns]) for name in names]
 
 
 def settings(run: RunRecords) -> dict[str, str]:
-    """A run's key settings in words."""
+    """A run's key settings, those that decide how it turns out, and how far it got, in words."""
     config = run.config
     weights = zip(TERMS, config.loss.configured, strict=True)
     last = run.metrics[-1] if run.metrics else None
-    return {
+    shown = {
         "model": config.model.name + (f" ({config.model.weights})" if config.model.weights else ""),
         "text positions": str(config.model.context_length or "the model's own"),
         "data": config.data.shards,
         "pairs per image": str(config.data.pairs_per_image) if config.loss.needs_pairs else "none",
         "loss weights": " · ".join(f"{name} {describe_weight(weight)}" for name, weight in weights if weight),
-        "batch": f"{config.global_batch} (per worker {config.batch_per_worker}, workers {config.workers}, "
+        "batch": f"{config.global_batch:,} (per worker {config.batch_per_worker}, workers {config.workers}, "
         f"accumulate {config.accumulate})",
-        "steps": f"{last['step']} of {last['total_steps']}" if last else "none logged yet",
+        "steps": f"{last['step']:,} of {last['total_steps']:,}" if last else "none logged yet",
         "learning rate": f"{config.optimizer.lr:g}, warmup {config.optimizer.warmup_steps} steps, then cosine",
         "weight decay": f"{config.optimizer.weight_decay:g}",
         "precision": config.precision,
         "ZeRO stage": f"{config.zero_stage} (0 for one worker)" if config.zero_stage else "0",
         "seed": str(config.seed),
-        "time": f"{last['seconds']:.0f} s" if last else "–",
     }
+    if config.evaluation.shards is not None:
+        shown["held-out shards"] = config.evaluation.shards
+    if run.best is not None:
+        step, value = run.best
+        shown["best"] = f"step {step:,} ({metric_title(config.evaluation.metric)} {value:.2f})"
+    return shown
+
+
+def cost(run: RunRecords) -> dict[str, str]:
+    """What a run has cost, as far as cost.json tells. Raises StageError for numbers that are none."""
+    shown: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "device": ("device", str),
+        "workers": ("workers", lambda count: f"{count:,}"),
+        "seconds": ("time", lambda seconds: f"{seconds / 3600:.3g} h" if seconds >= 3600 else f"{seconds:.0f} s"),
+        "gpu_hours": ("GPU hours", lambda hours: f"{hours:.3g}"),
+        "worker_hours": ("worker hours", lambda hours: f"{hours:.3g}"),
+        "flops": ("FLOPs", lambda count: f"{count:.2e}"),
+        "mfu": ("MFU", lambda share: f"{share:.1%}"),
+        "images_per_s": ("pictures per second", lambda rate: f"{rate:,.1f}"),
+        "peak_memory_bytes": ("peak memory", lambda size: f"{size / 2**30:.2f} GiB"),
+        "energy_joules": ("energy", lambda joules: f"{joules / 3.6e6:.3g} kWh"),
+    }
+    try:
+        return {title: show(run.cost[key]) for key, (title, show) in shown.items() if run.cost.get(key) is not None}
+    except (TypeError, ValueError) as error:
+        raise StageError(f"{run.folder / COST_FILE}: {error}; delete the file to go on without it") from None
 
 
 @dataclass(frozen=True)
 class MetricsRow:
-    """run: number of the run · model: its folder's name · cells: (text, is the best of its shards) · count, skipped."""
+    """run: number of the run · model: its folder's name · cells: (text, is the best of the column), for COLUMNS."""
 
     run: int
     model: str
     cells: list[tuple[str, bool]]
-    count: int
-    skipped: int
 
 
-def metrics_tables(runs: Sequence[RunRecords]) -> dict[tuple[str, str], list[MetricsRow]]:
-    """(evaluated shards, what is ranked) -> a row for each evaluation; cells are COLUMNS of both directions."""
-    groups: dict[tuple[str, str], list[tuple[int, Evaluation, Retrieval]]] = {}
+@dataclass(frozen=True)
+class MetricsTable:
+    """What was measured of one ranking on the same shards.
+
+    sizes       how many pairs were ranked and how many samples skipped, in words
+    directions  direction in words -> a row for each evaluation
+    """
+
+    shards: str
+    title: str
+    sizes: str
+    directions: dict[str, list[MetricsRow]]
+
+
+Measured = tuple[int, Evaluation, Retrieval]
+
+
+def metrics_tables(runs: Sequence[RunRecords]) -> list[MetricsTable]:
+    """A table for each ranking of each evaluated shards, in the order in which they come."""
+    groups: dict[tuple[str, str], list[Measured]] = {}
     for number, run in enumerate(runs):
         for evaluation in run.evaluations:
-            for name, ranking in evaluation.rankings.items():
-                groups.setdefault((evaluation.shards.rstrip("/"), name), []).append((number, evaluation, ranking))
-    return {title: metrics_rows(group) for title, group in groups.items()}
+            for name, retrieval in evaluation.rankings.items():
+                groups.setdefault((evaluation.shards.rstrip("/"), name), []).append((number, evaluation, retrieval))
+    return [metrics_table(runs, shards, RANKINGS[name], group) for (shards, name), group in groups.items()]
 
 
-def metrics_rows(group: Sequence[tuple[int, Evaluation, Retrieval]]) -> list[MetricsRow]:
-    """Rows of rankings of the same shards; the best value of a column is marked where there is a choice."""
-    values = [
-        [direction.get(name) for direction in (ranking.text_to_image, ranking.image_to_text) for name in COLUMNS]
-        for *_, ranking in group
-    ]
-    best = [best_of(column, name) for column, name in zip(zip(*values, strict=True), 2 * COLUMNS, strict=True)]
+def metrics_table(runs: Sequence[RunRecords], shards: str, ranking: Ranking, group: Sequence[Measured]) -> MetricsTable:
+    """The table of one group of evaluations; sizes are told run by run only where they differ."""
+    sizes = [f"{found.count:,} pairs, {len(evaluation.skipped):,} skipped" for _, evaluation, found in group]
+    if len(set(sizes)) > 1:
+        sizes = [f"{runs[number].name}: {size}" for (number, *_), size in zip(group, sizes, strict=True)]
+    directions = {
+        ranking.text_to_image: metrics_rows(group, [found.text_to_image for *_, found in group]),
+        ranking.image_to_text: metrics_rows(group, [found.image_to_text for *_, found in group]),
+    }
+    return MetricsTable(shards, ranking.title, "; ".join(dict.fromkeys(sizes)), directions)
+
+
+def metrics_rows(group: Sequence[Measured], values: Sequence[Mapping[str, float]]) -> list[MetricsRow]:
+    """Rows of one direction; the best value of a column is marked where there is a choice."""
+    best = {name: best_of([shares.get(name) for shares in values], name) for name in COLUMNS}
     return [
         MetricsRow(
             number,
             os.path.basename(evaluation.model.rstrip("/")),
             [
-                (to_text(value, name), len(group) > 1 and value is not None and value == top)
-                for value, name, top in zip(row, 2 * COLUMNS, best, strict=True)
+                (to_text(shares.get(name), name), len(group) > 1 and name in shares and shares[name] == best[name])
+                for name in COLUMNS
             ],
-            ranking.count,
-            len(evaluation.skipped),
         )
-        for row, (number, evaluation, ranking) in zip(values, group, strict=True)
+        for (number, evaluation, _), shares in zip(group, values, strict=True)
     ]
 
 
@@ -98,11 +147,9 @@ def to_text(value: float | None, name: str) -> str:
     return f"{value:.2f}" if name in SHARES else f"{value:g}"
 
 
-def quarantine_rows(run: RunRecords) -> list[dict[str, Any]]:
-    """Per stage: how many samples were left out there, and one of the reasons."""
-    counts = Counter(record["stage"] for record in run.quarantine)
-    reasons = {record["stage"]: record["reason"] for record in reversed(run.quarantine)}
-    return [{"stage": stage, "count": count, "reason": reasons[stage]} for stage, count in counts.most_common()]
+def kinds_of_reasons(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Stage and kind of reason of quarantined samples -> how many."""
+    return Counter(kind_of(record) for record in records)
 
 
 def describe_weight(weight: Weight) -> str:

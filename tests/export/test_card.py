@@ -83,7 +83,7 @@ def test_metrics_are_those_of_the_exported_checkpoint(run, tmp_path):
     write_evaluation(run, "early", "elsewhere/checkpoints/step-00000020", 11.0)
     write_evaluation(run, "late", str(run / "checkpoints" / "step-00000040"), 22.0)
     card = card_of(run, tmp_path)
-    assert "shards/late, captions and pictures:" in card
+    assert "shards/late, captions and pictures (" in card
     assert "shards/early" not in card
     assert rows(card)["text → image"][:2] == ["22.00", "30.00"]
     early = export(str(run / "checkpoints" / "step-00000020"), "open_clip", str(tmp_path / "early"))
@@ -116,9 +116,39 @@ def test_the_cost_is_told_as_far_as_it_is_known(run, tmp_path):
     assert found["time"] == ["1.5 h"]
     assert found["worker hours"] == ["3"]
     assert found["GPU hours"] == ["0"]
-    assert found["floating-point operations"] == ["3.10e+15"]
+    assert found["FLOPs"] == ["3.10e+15"]
     assert found["peak memory"] == ["3.00 GiB"]
+    assert found["pictures per second"] == ["12.3"]
     assert "energy" not in found
+
+
+def test_the_time_is_told_once_as_the_cost_tells_it(run, tmp_path):
+    (run / "cost.json").write_text('{"seconds": 90.4}')
+    lines = [line for line in card_of(run, tmp_path).splitlines() if line.startswith("| time")]
+    assert lines == ["| time | 90 s |"]
+
+
+def test_the_best_step_of_the_held_out_evaluations_is_told(tiny_clip, tmp_path):
+    run = write_run(tmp_path / "goal", f"model.name={tiny_clip}", "evaluation.shards=held-out")
+    records = [{"step": step, "text_to_image.R@1": share} for step, share in ((20, 7.0), (40, 6.0))]
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    found = rows(card_of(run, tmp_path))
+    assert found["held-out shards"] == ["held-out"]
+    assert found["best"] == ["step 20 (text → image R@1 7.00)"]
+
+
+def test_sentences_and_regions_have_directions_of_their_own(run, tmp_path):
+    write_evaluation(run, "test", str(run / "checkpoints" / "step-00000040"), 22.0)
+    path = run / "evaluation" / "test.json"
+    direction = {"R@1": 3.0, "median_rank": 7.0}
+    local = {"text_to_image": direction, "image_to_text": direction, "count": 1234}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"local": local}))
+    card = card_of(run, tmp_path)
+    assert "shards/test, captions and pictures (100 pairs, 0 skipped):" in card
+    assert "shards/test, sentences and regions (1,234 pairs, 0 skipped):" in card
+    found = rows(card)
+    assert found["text → image"] == ["22.00", "30.00", "60.00", "80.00", "20.00", "12.5"]
+    assert found["sentence → region"] == found["region → sentence"] == ["3.00", "–", "–", "–", "–", "7"]
 
 
 @pytest.mark.parametrize("content", ["{torn", "[1, 2]", '{"flops": "many"}'])

@@ -70,3 +70,32 @@ def add_evaluation(run: Path, name: str = "test", **changes: Any) -> None:
     }
     (run / "evaluation").mkdir(exist_ok=True)
     (run / "evaluation" / f"{name}.json").write_text(json.dumps(result))
+
+
+def add_history(run: Path, *records: dict[str, Any]) -> None:
+    """Evaluations beside the training, as `evaluations.jsonl` keeps them."""
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def add_quarantine(run: Path, *records: tuple[str, str, str]) -> None:
+    """The samples that training left out: (shard, stage, reason)."""
+    lines = [dict(zip(("shard", "stage", "reason"), each, strict=True), key="k") for each in records]
+    (run / "quarantine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def add_cost(run: Path, **changes: Any) -> None:
+    """What a run cost, as training stores it."""
+    cost = {
+        "device": "NVIDIA H100",
+        "workers": 8,
+        "seconds": 5400.0,
+        "gpu_hours": 12.0,
+        "worker_hours": 12.0,
+        "flops": 3.1e18,
+        "mfu": 0.412,
+        "images_per_s": 2345.6,
+        "peak_memory_bytes": 3 * 2**30,
+        "energy_joules": 7.2e6,
+        **changes,
+    }
+    (run / "cost.json").write_text(json.dumps(cost))

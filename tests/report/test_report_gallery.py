@@ -1,6 +1,7 @@
 """Pictures with their regions and sentences."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -66,6 +67,18 @@ def test_captions_and_keys_are_escaped(make_run, tmp_path):
     assert hostile in articles(page)[0].find("li")[0].text
     assert articles(page)[0].find("svg")[0].attributes["aria-label"] == key
     assert not [e for e in page.inside if "onload" in e.attributes]
+
+
+def test_control_signs_of_captions_and_keys_are_shown_and_not_sent(make_run, tmp_path):
+    signs = "".join(chr(code) for code in (*range(1, 0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n\r")
+    caption = f"A nul \0, {signs}."
+    tar = write_samples(tmp_path / "a.tar", sample(caption, [WHOLE, LEFT], [Pair(0, 1, 0.3)], key="bell\7\x1b[31m"))
+    url = write_report([str(make_run())], shards=tar).url
+    with open(url, encoding="utf-8", newline="") as file:
+        assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", file.read())
+    article = articles(read_page(url))[0]
+    assert r"A nul \x00, \x01\x02" in article.find("li")[0].text
+    assert article.find("svg")[0].attributes["aria-label"] == r"bell\x07\x1b[31m"
 
 
 def test_big_pictures_are_shrunk(make_run, tmp_path):

@@ -58,6 +58,21 @@ def test_a_file_that_is_no_evaluation_is_named(make_run, content):
         write_report([str(run)])
 
 
+@pytest.mark.parametrize("content", ["{torn", "[1, 2]", '{"flops": "many"}'])
+def test_a_damaged_cost_file_is_named(make_run, content):
+    run = make_run()
+    (run / "cost.json").write_text(content)
+    with pytest.raises(StageError, match=r"cost\.json: .*delete the file to go on without it"):
+        write_report([str(run)], images=0)
+
+
+def test_a_broken_line_of_the_held_out_history_is_named(make_run):
+    run = make_run()
+    (run / "evaluations.jsonl").write_text('{"step": 8}\n{"text_to_image.R@1": 1.0}\n')
+    with pytest.raises(StageError, match=r"evaluations\.jsonl: line 2 has no step; delete that line"):
+        write_report([str(run)], images=0)
+
+
 def test_a_page_that_cannot_be_written_is_named(make_run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StageError, match=r"page\.html: cannot be written .* --out"):
