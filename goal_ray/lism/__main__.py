@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from goal_ray.cli import parser, run_main
 from goal_ray.config import load_config
 from goal_ray.lism.config import LismConfig
-from goal_ray.lism.output import print_summary
+from goal_ray.lism.counts import print_summary
 from goal_ray.lism.run import run_lism
 from goal_ray.storage import join
 

@@ -24,7 +24,7 @@ class Item:
     """A sample on its way; one with a problem passes every later stage untouched.
 
     number       counts the samples of the shard from 0
-    key          its key, printable
+    key          its key, storable as text
     size_bytes   of its members in the tar
     sentences    character offsets into the caption
     size         (W, H) of the stored picture
@@ -89,6 +89,6 @@ class Group:
         return pickle.loads(row["group"])
 
 
-def printable(key: str) -> str:
+def storable_key(key: str) -> str:
     """A key with the bytes that are not UTF-8 (tarfile's surrogates) as escapes, so that it can be stored as text."""
     return key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

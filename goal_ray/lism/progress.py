@@ -2,11 +2,13 @@
 
     42%|▍| 12.4 img/s 1:02:10 left, 12/100 tars 3 bad, bottleneck propose 97% (match 41 read 8 write 1)
 
-On a terminal it is one line that changes, elsewhere a line every LINE_EVERY_S. Speed and the stages' percentages are
+On a terminal it is one line that changes, elsewhere a line every LINE_EVERY_S, as a log record where those are wanted
+(see goal_ray.events). Speed and the stages' percentages are
 those of the last WINDOW_S, or longer where a single group takes longer. A stage's percentage is the share of that time
 in which its workers worked; workers that reported nothing in it do not count. The bottleneck is the busiest stage.
 """
 
+import logging
 import sys
 import threading
 import time
@@ -15,6 +17,7 @@ from collections.abc import Callable, Sequence
 
 from tqdm import tqdm
 
+from goal_ray.events import event, wants_json
 from goal_ray.lism.metrics import Metrics
 from goal_ray.lism.work import Work
 
@@ -22,6 +25,14 @@ WINDOW_S = 30.0
 LINE_EVERY_S = 30.0
 BEAT_S = 5.0  # Ray forgets a gauge that is not set again
 SETTLED_S = 2.0  # before, a single report would decide the speed
+
+
+def tell(run: str, text: str) -> None:
+    """Says on stderr what people should know of a run, its output folder; as a log record where those are wanted."""
+    if wants_json():
+        event("lism", run, text, logging.WARNING)
+    else:
+        print(text, file=sys.stderr)
 
 
 class Meter:
@@ -81,15 +92,21 @@ class Meter:
 
 
 class Progress:
-    """Takes what comes out of the pipeline; shows it, and counts it in Ray's metrics. A context manager."""
+    """Takes what comes out of the pipeline; shows it, and counts it in Ray's metrics. A context manager.
 
-    def __init__(self, total_bytes: int, shards: int, metrics: Metrics, clock: Callable[[], float] = time.monotonic):
-        self.total_bytes, self.shards, self.metrics, self.clock = total_bytes, shards, metrics, clock
+    run  its output folder
+    """
+
+    def __init__(
+        self, run: str, total_bytes: int, shards: int, metrics: Metrics, clock: Callable[[], float] = time.monotonic
+    ):
+        self.run, self.total_bytes, self.shards, self.metrics, self.clock = run, total_bytes, shards, metrics, clock
         self.meter = Meter(clock)
         self.done_bytes = self.images = self.bad = self.shards_done = 0
-        # `disable=None`: not where stderr is no terminal. The bar takes the columns that the text leaves.
+        # `None`: not where stderr is no terminal. The bar takes the columns that the text leaves.
+        hidden = True if wants_json() else None
         self.bar = tqdm(
-            total=total_bytes, disable=None, dynamic_ncols=True, bar_format="{percentage:3.0f}%|{bar}| {desc}"
+            total=total_bytes, disable=hidden, dynamic_ncols=True, bar_format="{percentage:3.0f}%|{bar}| {desc}"
         )
         self.bar.set_description_str("starting")
         self.line_due = clock() + LINE_EVERY_S
@@ -140,9 +157,14 @@ class Progress:
     def all_done(self) -> None:
         """The last line."""
         text = f"{self.images} images, {self.shards_done} shards, {self.bad} bad"
-        if self.bar.disable:
+        if wants_json():
+            event("lism", self.run, "all shards paired", **self._counts())
+        elif self.bar.disable:
             print(f"lism: {text}", file=sys.stderr)
         self.bar.set_description_str(text)
+
+    def _counts(self) -> dict[str, int]:
+        return {"images": self.images, "quarantined": self.bad, "shards_done": self.shards_done, "shards": self.shards}
 
     def _advance(self, size_bytes: int) -> None:
         self.done_bytes += size_bytes
@@ -151,8 +173,15 @@ class Progress:
             self.bar.update(size_bytes)
         elif self.clock() >= self.line_due:
             self.line_due = self.clock() + LINE_EVERY_S
-            share = 100 * self.done_bytes / max(1, self.total_bytes)
-            print(f"lism: {share:.0f} %, {self.text()}", file=sys.stderr, flush=True)
+            share = self.done_bytes / max(1, self.total_bytes)
+            if wants_json():
+                busy = {stage: round(each, 3) for stage, each in self.meter.busy().items()}
+                speed = round(self.meter.images_per_s(), 3)
+                event(
+                    "lism", self.run, "pairing", share=round(share, 4), images_per_s=speed, busy=busy, **self._counts()
+                )
+            else:
+                print(f"lism: {100 * share:.0f} %, {self.text()}", file=sys.stderr, flush=True)
 
     def text(self) -> str:
         """The state in words, what matters most first, as a narrow terminal cuts off the end."""

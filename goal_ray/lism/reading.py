@@ -10,7 +10,7 @@ import numpy as np
 from goal_ray.errors import CaptionError, ShardError
 from goal_ray.images import decode_image, shrink
 from goal_ray.lism.config import LismConfig
-from goal_ray.lism.groups import Group, Item, describe, printable
+from goal_ray.lism.groups import Group, Item, describe, storable_key
 from goal_ray.lism.strikes import AnyStrikes, ReadingWatch, fatal
 from goal_ray.lism.time_limit import run_within
 from goal_ray.lism.work import Work
@@ -80,7 +80,7 @@ def read_items(url: str, config: LismConfig, watch: ReadingWatch, selection: Sel
     try:
         for sample in stream_samples(url, lambda number: number in selection and watch.begin(number)):
             key = hash(sample.key)
-            item = Item(number, printable(sample.key), sum(map(len, sample.members.values())))
+            item = Item(number, storable_key(sample.key), sum(map(len, sample.members.values())))
             if number in watch.left_out:
                 yield item.failed("decode", fatal())
             elif number in selection:
@@ -91,7 +91,7 @@ def read_items(url: str, config: LismConfig, watch: ReadingWatch, selection: Sel
     except ShardError as error:
         if number not in selection:
             raise
-        yield Item(number, printable(error.key)).failed("read", error)
+        yield Item(number, storable_key(error.key)).failed("read", error)
         return
     if not number:
         yield Item(0, "").failed("read", ShardError(f"{shard_name(url)} holds no sample"))

@@ -15,15 +15,16 @@ from typing import Any
 from goal_ray import __version__
 from goal_ray.config import to_tree, to_yaml
 from goal_ray.errors import StageError
-from goal_ray.events import event
+from goal_ray.events import event, wants_json
 from goal_ray.lism.config import LismConfig
+from goal_ray.lism.counts import ShardCounts, describe_bad, summary
 from goal_ray.lism.gallery import draw_gallery
-from goal_ray.lism.groups import Item, printable
+from goal_ray.lism.groups import Item, storable_key
 from goal_ray.lism.metrics import Metrics
-from goal_ray.lism.output import OutputFolder, ShardCounts, describe_bad, summary
-from goal_ray.lism.picks import Pick, Picks
+from goal_ray.lism.output import OutputFolder
+from goal_ray.lism.picks import Pick
 from goal_ray.lism.pipeline import WorkerLost, stream_groups
-from goal_ray.lism.progress import Progress
+from goal_ray.lism.progress import Progress, tell
 from goal_ray.lism.reading import Selection
 from goal_ray.lism.work import Work
 from goal_ray.ray_session import is_joined, ray_session
@@ -50,7 +51,7 @@ def run_lism(source: str, target: str, config: LismConfig, retry_quarantined: bo
     shards = expand_shards(source)
     split_sentences("Refuses an unknown language before any work.", config.language)
     config.proposer.check()
-    check_matcher(config.matcher.model)
+    notice = check_matcher(config.matcher.model)
     target = target if "://" in target else os.path.abspath(target)
     folder = OutputFolder(target)
     taken = next((shard for shard in shards if resolved(folder.tar(shard)) == resolved(shard)), None)
@@ -64,28 +65,36 @@ def run_lism(source: str, target: str, config: LismConfig, retry_quarantined: bo
     sizes = sizes_bytes(shards)
     finished = folder.finished(sizes)
     again = quarantined_again(finished, folder) if retry_quarantined else {}
-    if len(finished) < len(sizes):
+    pairing = Pairing(folder, config, sizes, finished, again)
+    before = pairing.samples_done
+    if pairing.missing:
         with ray_session(busy_cpus=config.least_actors):
-            pair_missing(sizes, finished, again, folder, config)
-    result = summary((finished[shard] for shard in shards), time.perf_counter() - began)
-    result["gallery"] = draw_gallery(folder, result)
+            if notice:
+                tell(target, notice)
+            pairing.run()
+    seconds, images = time.perf_counter() - began, pairing.samples_done - before
+    result = summary((finished[shard] for shard in shards), seconds, images)
+    result["gallery"] = draw_gallery(folder, result, provenance(config))
     write_bytes(join(target, SUMMARY_FILE), json.dumps(result, indent=2, ensure_ascii=False).encode())
     if result["quarantined"]:
         check_bad(result["quarantined"], result["samples"], config.max_bad_share, result["first_bad"][0], folder)
     return result
 
 
-def check_matcher(model: ModelConfig) -> None:
-    """Raises ModelError for a matcher that is nowhere, and StageError for one that knows nothing."""
+def check_matcher(model: ModelConfig) -> str:
+    """Raises ModelError for a matcher that is nowhere, and StageError for one that knows nothing.
+
+    Returns what is to be said of an architecture of one's own without weights: it may be there to try things out.
+    """
     from goal_ray.weights import check_model
 
     check_model(model, "matcher.model")
     if model.weights or os.path.isdir(model.name):
-        return
+        return ""
     problem = "matcher.model.weights is empty: similarities by random weights would be noise; name a tag or a file"
     if not model.name.endswith(".json"):
         raise StageError(problem)
-    print(problem, file=sys.stderr)  # an architecture of one's own may be there to try things out
+    return problem
 
 
 def check_settings(target: str, config: LismConfig) -> None:
@@ -123,10 +132,10 @@ def provenance(config: LismConfig) -> dict[str, Any]:
     return {"goal_ray": __version__, **{key: tree[key] for key in (*RESULT_KEYS, *LIMIT_KEYS)}, "versions": versions}
 
 
-def choose_gpu(config: LismConfig) -> bool:
+def choose_gpu(config: LismConfig, run: str) -> bool:
     """Whether actors run on GPUs. Raises StageError where the cluster has too little for even the least actors.
 
-    A cluster that was joined may grow, so there it is only said.
+    A cluster that was joined may grow, so there it is only said, of the run with this output folder.
     """
     import ray
 
@@ -145,7 +154,7 @@ def choose_gpu(config: LismConfig) -> bool:
                 raise StageError(
                     f"{problem}; change actor_resources, proposer_actors, matcher_actors, gpus_per_actor or device"
                 )
-            print(f"waiting for the cluster to grow: {problem}", file=sys.stderr)
+            tell(run, f"waiting for the cluster to grow: {problem}")
     return on_gpu
 
 
@@ -165,7 +174,7 @@ class Again:
         numbers = (number for number in range(self.earlier.samples) if number not in self.selection)
         paired = folder.paired(shard) if self.earlier.paired else ()
         return [
-            Item(number, printable(key)).done(record) for number, (key, record) in zip(numbers, paired, strict=True)
+            Item(number, storable_key(key)).done(record) for number, (key, record) in zip(numbers, paired, strict=True)
         ]
 
 
@@ -185,75 +194,114 @@ def quarantined_again(finished: dict[str, ShardCounts], folder: OutputFolder) ->
     return again
 
 
-def pair_missing(
-    sizes: Mapping[str, int],
-    finished: dict[str, ShardCounts],
-    again: dict[str, Again],
-    folder: OutputFolder,
-    config: LismConfig,
-) -> None:
-    """Pairs the shards that are not in `finished` and puts them there, anew where the pipeline broke down.
+@dataclass
+class Pairing:
+    """Pairs the shards of a run that are not finished.
 
-    sizes  shard -> bytes of its tar
-    again  shards of which only some samples are done
-
-    Raises WorkerLost when an attempt ended so without finishing any shard: then it is no accident.
+    sizes     shard -> bytes of its tar
+    finished  shard -> what came out of it; `run` adds the others
+    again     shards of which only some samples are to be done
     """
-    while missing := {shard: size for shard, size in sizes.items() if shard not in finished}:
-        before = len(finished)
-        try:
-            pair_shards(missing, finished, again, folder, config)
-        except WorkerLost as error:
-            if len(finished) == before:
-                raise
-            print(f"{error}; trying", file=sys.stderr)
-            event("lism", folder.url, "pipeline started again", logging.WARNING, reason=str(error))
 
+    folder: OutputFolder
+    config: LismConfig
+    sizes: Mapping[str, int]
+    finished: dict[str, ShardCounts]
+    again: dict[str, Again]
 
-def pair_shards(
-    sizes: Mapping[str, int],
-    finished: dict[str, ShardCounts],
-    again: dict[str, Again],
-    folder: OutputFolder,
-    config: LismConfig,
-) -> None:
-    """Runs the pipeline over all of `sizes` and finishes every shard as soon as all its samples are through."""
-    import ray
+    @property
+    def missing(self) -> dict[str, int]:
+        """The sizes of the shards that are not finished."""
+        return {shard: size for shard, size in self.sizes.items() if shard not in self.finished}
 
-    on_gpu, finish = choose_gpu(config), ray.remote(finish_shard)
-    shards = list(sizes)
-    earlier = [*finished.values(), *(each.earlier for each in again.values())]
-    samples_before = sum(counts.samples for counts in earlier) - sum(
-        each.earlier.quarantined for each in again.values()
-    )
-    bad_before = sum(counts.quarantined for counts in finished.values())
-    selected = {number: again[shard].selection for number, shard in enumerate(shards) if shard in again}
-    waiting: dict[int, dict[int, Item]] = defaultdict(dict)
-    work: dict[int, list[Work]] = defaultdict(list)
-    expected: dict[int, int] = {}
-    writing: dict[Any, str] = {}
-    with Progress(sum(sizes.values()), len(shards), Metrics(folder.url)) as progress:
-        for group in stream_groups(shards, selected, config, provenance(config), on_gpu):
-            shard, items = shards[group.shard], waiting[group.shard]
-            items.update((item.number, item) for item in group.items)
-            work[group.shard] += group.work
-            bad = [item for item in group.items if item.problem is not None]
-            stages = [item.problem.stage for item in bad if item.problem is not None]
-            progress.passed(len(group.items), size_of(group.items), stages, group.work)
-            if bad and progress.bad > EARLY_BAD:
-                example, all_bad = bad_record(shard, bad[-1]), bad_before + progress.bad
-                check_bad(all_bad, samples_before + progress.images, config.max_bad_share, example, folder)
-            if group.count is not None:
-                expected[group.shard] = group.count
-            if len(items) == expected.get(group.shard):
-                through = list(waiting.pop(group.shard).values()), work.pop(group.shard)
-                writing[finish.remote(shard, sizes[shard], *through, again.get(shard), folder)] = shard
-                progress.skipped(sizes[shard] - size_of(items.values()))
-            collect(writing, finished, again, progress, folder.url, timeout_s=0)
-        collect(writing, finished, again, progress, folder.url, timeout_s=None)
-        progress.all_done()
-    if waiting:
-        raise WorkerLost(f"{len(waiting)} shards came back incomplete; run the same command again, it goes on")
+    @property
+    def samples_done(self) -> int:
+        """The samples that need not be done, or not again."""
+        halves = [each.earlier for shard, each in self.again.items() if shard not in self.finished]
+        kept = sum(counts.samples - counts.quarantined for counts in halves)
+        return kept + sum(counts.samples for counts in self.finished.values())
+
+    def run(self) -> None:
+        """Finishes all shards, with the pipeline anew where it broke down.
+
+        Raises WorkerLost when an attempt ended so without finishing any shard: then it is no accident.
+        """
+        while missing := self.missing:
+            try:
+                self._attempt(missing)
+            except WorkerLost as error:
+                if len(self.missing) == len(missing):
+                    raise
+                event("lism", self.folder.url, "pipeline started again", logging.WARNING, reason=str(error))
+                if not wants_json():
+                    print(f"{error}; trying", file=sys.stderr)
+
+    def _attempt(self, sizes: Mapping[str, int]) -> None:
+        """Runs the pipeline over these shards and finishes every one as soon as all its samples are through."""
+        import ray
+
+        folder, config, again = self.folder, self.config, self.again
+        on_gpu, finish = choose_gpu(config, folder.url), ray.remote(finish_shard)
+        shards = list(sizes)
+        samples_before = self.samples_done
+        bad_before = sum(counts.quarantined for counts in self.finished.values())
+        selected = {number: again[shard].selection for number, shard in enumerate(shards) if shard in again}
+        waiting: dict[int, dict[int, Item]] = defaultdict(dict)
+        work: dict[int, list[Work]] = defaultdict(list)
+        expected: dict[int, int] = {}
+        writing: dict[Any, str] = {}
+        with Progress(folder.url, sum(sizes.values()), len(shards), Metrics(folder.url)) as progress:
+            for group in stream_groups(shards, selected, config, provenance(config), on_gpu):
+                shard, items = shards[group.shard], waiting[group.shard]
+                items.update((item.number, item) for item in group.items)
+                work[group.shard] += group.work
+                bad = [item for item in group.items if item.problem is not None]
+                stages = [item.problem.stage for item in bad if item.problem is not None]
+                progress.passed(len(group.items), size_of(group.items), stages, group.work)
+                if bad and progress.bad > EARLY_BAD:
+                    example, all_bad = bad_record(shard, bad[-1]), bad_before + progress.bad
+                    check_bad(all_bad, samples_before + progress.images, config.max_bad_share, example, folder)
+                if group.count is not None:
+                    expected[group.shard] = group.count
+                if len(items) == expected.get(group.shard):
+                    through = list(waiting.pop(group.shard).values()), work.pop(group.shard)
+                    writing[finish.remote(shard, sizes[shard], *through, again.get(shard), folder)] = shard
+                    progress.skipped(sizes[shard] - size_of(items.values()))
+                self._collect(writing, progress, timeout_s=0)
+            self._collect(writing, progress, timeout_s=None)
+            progress.all_done()
+        if waiting:
+            raise WorkerLost(f"{len(waiting)} shards came back incomplete; run the same command again, it goes on")
+
+    def _collect(self, writing: dict[Any, str], progress: Progress, timeout_s: float | None) -> None:
+        """Moves the shards that are written by now, or all, from `writing` to `finished`.
+
+        Raises StageError for one that failed, WorkerLost for one that another attempt may do; one whose worker died
+        while it replaced an earlier output is no longer in `again`.
+        """
+        import ray
+
+        if not writing:
+            return
+        ready, _ = ray.wait(list(writing), num_returns=len(writing), timeout=timeout_s)
+        for reference in ready:
+            shard = writing.pop(reference)
+            try:
+                counts, work = ray.get(reference)
+            except ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, HalfReplaced):
+                    del self.again[shard]
+                    raise WorkerLost(f"{error.cause}; it is done again whole") from None
+                raise StageError(
+                    f"the pairs of {shard_name(shard)} cannot be written: {type(error.cause).__name__}: {error.cause}; "
+                    "mend it and run the same command again, it goes on"
+                ) from None
+            except ray.exceptions.RayError as error:
+                raise WorkerLost(f"the pairs of {shard_name(shard)} were not written: {error}") from error
+            self.finished[shard] = counts
+            progress.finished(counts.pairs, work)
+            told = {"samples": counts.samples, "pairs": counts.pairs, "quarantined": counts.quarantined}
+            event("lism", self.folder.url, "shard paired", shard=shard_name(shard), **told)
 
 
 def size_of(items: Iterable[Item]) -> int:
@@ -261,56 +309,11 @@ def size_of(items: Iterable[Item]) -> int:
     return sum(item.size_bytes for item in items)
 
 
-def collect(
-    writing: dict[Any, str],
-    finished: dict[str, ShardCounts],
-    again: dict[str, Again],
-    progress: Progress,
-    run: str,
-    timeout_s: float | None,
-) -> None:
-    """Moves the shards that are written by now, or all, from `writing` to `finished`.
-
-    Raises StageError for one that failed, WorkerLost for one that another attempt may do; one whose worker died while
-    it replaced an earlier output is no longer in `again`.
-    """
-    import ray
-
-    if not writing:
-        return
-    ready, _ = ray.wait(list(writing), num_returns=len(writing), timeout=timeout_s)
-    for reference in ready:
-        shard = writing.pop(reference)
-        try:
-            finished[shard], work = ray.get(reference)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, HalfReplaced):
-                del again[shard]
-                raise WorkerLost(f"{error.cause}; it is done again whole") from None
-            raise StageError(
-                f"the pairs of {shard_name(shard)} cannot be written: {type(error.cause).__name__}: {error.cause}; "
-                "mend it and run the same command again, it goes on"
-            ) from None
-        except ray.exceptions.RayError as error:
-            raise WorkerLost(f"the pairs of {shard_name(shard)} were not written: {error}") from error
-        progress.finished(finished[shard].pairs, work)
-        counts = finished[shard]
-        event(
-            "lism",
-            run,
-            "shard paired",
-            shard=shard_name(shard),
-            samples=counts.samples,
-            pairs=counts.pairs,
-            quarantined=counts.quarantined,
-        )
-
-
 def finish_shard(
     shard: str, source_bytes: int, items: list[Item], work: list[Work], again: Again | None, folder: OutputFolder
 ) -> tuple[ShardCounts, Work]:
     """Writes one shard's outputs from its samples. Returns its counts, and the work of writing."""
-    counts, pairs, bad, picks = ShardCounts(source_bytes), {}, [], []
+    counts, pairs, bad = ShardCounts(source_bytes), {}, []
     for done in work:
         for phase, seconds in done.seconds.items():
             counts.add_work(phase, seconds, done.images)
@@ -330,10 +333,10 @@ def finish_shard(
         regions = record["regions"]
         whole = sum(regions[pair["region"]]["source"] == "image" for pair in record["pairs"])
         similarities = [pair["similarity"] for pair in record["pairs"]]
-        counts.add_pairs(len(regions) - 1, len(record["sentences"]), similarities, whole)
+        paired_sentences = len({pair["sentence"] for pair in record["pairs"]})
+        counts.add_pairs(len(regions) - 1, len(record["sentences"]), similarities, whole, paired_sentences)
         at = shard_name(shard), item.number, item.key
-        picks += [Pick(*at, pair["sentence"], pair["region"], pair["similarity"]) for pair in record["pairs"]]
-    counts.picks = Picks.among(picks)
+        counts.add_picks([Pick(*at, pair["sentence"], pair["region"], pair["similarity"]) for pair in record["pairs"]])
     written = folder.finish(shard, pairs, bad, counts)
     return counts, written
 

@@ -8,9 +8,10 @@ import pytest
 from html_page import read_page, section
 from odd_tars import picture, write_members
 
+from goal_ray.lism.counts import ShardCounts, summary
 from goal_ray.lism.gallery import TITLES, draw_gallery
 from goal_ray.lism.groups import Item, Problem
-from goal_ray.lism.output import OutputFolder, summary
+from goal_ray.lism.output import OutputFolder
 from goal_ray.lism.run import finish_shard
 from goal_ray.pairs import Pair, PairRecord, Region
 from goal_ray.storage import size_bytes
@@ -45,8 +46,12 @@ def make(folder: Path, name: str, captions: list[str], pairs: list[list[Pair]], 
     return counts
 
 
-def draw(folder: Path, *counts) -> str | None:
-    return draw_gallery(OutputFolder(str(folder / "out")), summary(counts, seconds=1.0))
+MADE_BY = {"proposer": {"name": "grid"}, "matcher": {"model": {"name": "ViT-B-16"}, "min_similarity": 0.2}, "n": None}
+
+
+def draw(folder: Path, *counts, seconds: float = 100.0, images: int = 22) -> str | None:
+    result = summary(counts, seconds, images)
+    return draw_gallery(OutputFolder(str(folder / "out")), result, MADE_BY)
 
 
 def cards(folder: Path, name: str):
@@ -103,19 +108,82 @@ def test_the_page_has_the_numbers_of_the_summary_and_the_kinds_of_reasons(two, t
     tiles = [
         (tile.find("b")[0].text, tile.find("span")[0].text) for tile in section(page, "numbers").find("div", "tile")
     ]
-    assert tiles[:5] == [
+    assert tiles == [
         ("22", "samples"),
         ("20", "paired"),
         ("2", "in the quarantine"),
+        ("2.0", "sentences per image"),
         ("1.0", "regions per image"),
         ("2.0", "pairs per image"),
+        ("100.0 %", "of the sentences have a pair"),
+        ("50.0 %", "of the pairs are with the whole image"),
+        ("0:01:40", "h:mm:ss took the last run, of 22 samples"),
+        ("0.2", "images/s in it, its start included"),
     ]
     assert [cell.text for cell in section(page, "quarantine").find("td")] == [
         "2",
         "decode: caption of sample … is empty",
     ]
     assert section(page, "work").find("td")[0].text == "write"
-    assert [int(bar.text) for bar in section(page, "similarities").find("div", "bars")[0].inside if bar.text] == [5] * 8
+    assert [int(bar.text) for bar in section(page, "similarities").find("div", "bars")[0].find("div")] == [2] * 20
+    assert "Of the pairs, 5 % lie below 0.02, 25 % below 0.10" in section(page, "similarities").text
+
+
+def test_the_page_tells_what_made_the_pairs_and_all_numbers_before_the_pictures(two, tmp_path):
+    draw(tmp_path, *two)
+    page = read_page(tmp_path / "out" / "gallery.html")
+    rows = [(row.find("dt")[0].text, row.find("dd")[0].text) for row in section(page, "made-by").find("div")[1:]]
+    assert rows == [
+        ("proposer.name", "grid"),
+        ("matcher.model.name", "ViT-B-16"),
+        ("matcher.min_similarity", "0.2"),
+        ("n", "null"),
+    ]
+    names = [each.attributes["id"] for each in page.find("section")]
+    assert set(names[:-3]) == {"numbers", "similarities", "made-by", "work", "quarantine"}
+    assert names[-3:] == list(TITLES)
+
+
+def test_a_run_that_had_nothing_left_to_do_tells_no_speed(two, tmp_path):
+    draw(tmp_path, *two, images=0)
+    numbers = section(read_page(tmp_path / "out" / "gallery.html"), "numbers")
+    assert "images/s" not in numbers.text
+    assert "last run" not in numbers.text
+
+
+def histogram(folder: Path, similarities: list[float], times: int = 1):
+    """The bars, and the labels below them, of pairs with these similarities; and the labels that are always shown."""
+    counts = ShardCounts()
+    for similarity in similarities:
+        counts.add_pairs(1, 1, [similarity], 0, 1)
+    counts.similarity_histogram = [times * count for count in counts.similarity_histogram]
+    draw(folder, counts)
+    found = section(read_page(folder / "out" / "gallery.html"), "similarities")
+    (bars,), (edges,) = found.find("div", "bars"), found.find("div", "edges")
+    labels = [(label.text, label.attributes.get("class")) for label in edges.find("span")]
+    return bars, [text for text, _ in labels], [text for text, class_ in labels if class_ != "more"]
+
+
+def test_every_bar_has_the_number_where_it_begins_and_a_narrow_screen_shows_some_round_ones(tmp_path):
+    bars, labels, narrow = histogram(tmp_path, [n / 100 for n in range(-3, 25)])
+    assert len(bars.find("div")) == 28
+    assert labels[:5] == ["-0.03", "-0.02", "-0.01", "+0.00", "+0.01"]
+    assert narrow == ["+0.00", "+0.05", "+0.10", "+0.15", "+0.20"]
+
+
+@pytest.mark.parametrize(("bars", "times", "upright"), [(8, 99_999, False), (8, 1_000_000, True), (28, 10, True)])
+def test_counts_too_long_to_stand_side_by_side_on_a_phone_stand_upright(tmp_path, bars, times, upright):
+    drawn, _, _ = histogram(tmp_path, [n / 100 for n in range(bars)], times)
+    assert ("upright" in drawn.attributes["class"].split()) == upright
+    assert {bar.text for bar in drawn.find("div")} == {f"{times:,}"}
+    assert drawn.find("div")[0].attributes["title"] == f"+0.00 to +0.01: {times:,}"
+
+
+@pytest.mark.parametrize("rule", [".tile b", ".made dd", ".plain td", ".pair .said", ".pair .from"])
+def test_long_words_and_numbers_break_before_they_leave_their_place(two, tmp_path, rule):
+    draw(tmp_path, *two)
+    style = read_page(tmp_path / "out" / "gallery.html").find("style")[0].text
+    assert "overflow-wrap: anywhere" in style.partition(f"\n{rule} {{")[2].partition("}")[0]
 
 
 def test_captions_and_keys_are_escaped_and_the_page_loads_nothing(tmp_path):

@@ -200,7 +200,7 @@ def test_a_run_on_gpus_needs_those_of_its_actors_and_a_cpu_for_each_actor_and_fo
         have = {"CPU": cpus - (lacking == "CPU"), "GPU": gpus - (lacking == "GPU")}
         monkeypatch.setattr("ray.cluster_resources", lambda have=have: have)
         if lacking is None:
-            assert choose_gpu(settings(*overrides)) is True
+            assert choose_gpu(settings(*overrides), "out") is True
             continue
         with pytest.raises(StageError, match=f"need .* {lacking}s, and the cluster has"):
-            choose_gpu(settings(*overrides))
+            choose_gpu(settings(*overrides), "out")

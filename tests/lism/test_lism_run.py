@@ -106,15 +106,16 @@ def test_members_pass_through_byte_for_byte_and_in_order(mixed, name):
 
 
 def test_the_gallery_shows_the_best_and_worst_pairs_of_all_tars_also_of_a_run_that_failed(mixed):
-    similarities = sorted(
-        pair["similarity"]
+    of_samples = [
+        sorted(pair["similarity"] for pair in json.loads(sample.members["pairs.json"])["pairs"])
         for name in PAIRED
         for sample in stream_samples(f"{mixed.target}/{name}")
-        for pair in json.loads(sample.members["pairs.json"])["pairs"]
-    )
+    ]
+    best = sorted((each for similarities in of_samples for each in similarities[-2:]), reverse=True)
+    worst = sorted(each for similarities in of_samples for each in similarities[:2])
     picks = mixed.summary["picks"]
-    assert [pick["similarity"] for pick in picks["best"]] == similarities[::-1][:12]
-    assert [pick["similarity"] for pick in picks["worst"]] == similarities[:12]
+    assert [pick["similarity"] for pick in picks["best"]] == best[:12]
+    assert [pick["similarity"] for pick in picks["worst"]] == worst[:12]
     assert len({pick["shard"] for pick in picks["random"]}) > 1
     assert mixed.gallery_after_failure
     page = (mixed.target / mixed.summary["gallery"]).read_text("utf-8")
@@ -159,6 +160,7 @@ def test_the_summary_counts_every_shard(mixed):
     assert mixed.summary["quarantined"] == len(bad)
     assert mixed.summary["samples"] == len(keys) + len(bad)
     assert mixed.summary["pairs"] == mixed.summary["sentences"] == sum(mixed.summary["similarity_histogram"])
+    assert mixed.summary["paired_sentences"] == mixed.summary["sentences"]
     assert len(mixed.summary["first_bad"]) == 5
     assert json.loads((mixed.target / "lism.json").read_text("utf-8")) == mixed.summary
 
@@ -229,9 +231,14 @@ def test_both_models_in_one_actor_give_the_same_bytes(mixed, tiny_clip, tmp_path
     assert outputs(tmp_path) == outputs(mixed.target)
 
 
-def test_a_run_does_only_what_is_missing(resumed):
+def test_a_run_does_only_what_is_missing_and_tells_the_speed_of_that(resumed):
     untouched = {path.name for path, time in resumed.times.items() if path.stat().st_mtime_ns == time}
     assert untouched == {"odd näme 1.tar"}
+    kept = [parts for name, parts in MIXED.items() if name not in ("many.tar", "mixed.tar", "all-bad.tar", "cut.tar")]
+    assert resumed.summary["images"] == resumed.summary["samples"] - sum(len(part) for parts in kept for part in parts)
+    assert resumed.summary["images_per_s"] == pytest.approx(
+        resumed.summary["images"] / resumed.summary["seconds"], rel=0.1
+    )
 
 
 def test_a_mended_input_tar_is_done_again_and_leaves_the_quarantine(resumed):

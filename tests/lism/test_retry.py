@@ -12,10 +12,11 @@ from goal_ray.config import load_config
 from goal_ray.errors import ShardError
 from goal_ray.lism.__main__ import main
 from goal_ray.lism.config import LismConfig
+from goal_ray.lism.counts import ShardCounts
 from goal_ray.lism.groups import Item
-from goal_ray.lism.output import OutputFolder, ShardCounts
+from goal_ray.lism.output import OutputFolder
 from goal_ray.lism.reading import ALL, Selection, read_groups, read_items
-from goal_ray.lism.run import HalfReplaced, finish_shard, quarantined_again
+from goal_ray.lism.run import HalfReplaced, Pairing, finish_shard, quarantined_again
 from goal_ray.lism.strikes import ReadingWatch, Strikes
 from goal_ray.pairs import Pair, PairRecord, Region
 from goal_ray.storage import size_bytes
@@ -156,6 +157,18 @@ def test_a_damaged_end_is_retried_from_the_damage_on(tmp_path, five):
     ]
 
 
+def test_samples_that_are_kept_count_as_done_before_and_after_the_others_are_done(tmp_path, five):
+    folder, shard = OutputFolder(str(tmp_path / "out")), str(five)
+    bad = [{"shard": "five.tar", "key": "1", "reason": "", "stage": "decode", "number": 1}]
+    folder.finish(shard, dict.fromkeys((0, 2, 3, 4), b"{}"), bad, counted(shard, 4, bad))
+    sizes = {shard: size_bytes(shard)}
+    finished = folder.finished(sizes)
+    pairing = Pairing(folder, CONFIG, sizes, finished, quarantined_again(finished, folder))
+    assert (pairing.missing, pairing.samples_done) == (sizes, 4)
+    finished[shard] = counted(shard, 5, [])
+    assert (pairing.missing, pairing.samples_done) == ({}, 5)
+
+
 def test_a_worker_that_died_between_the_new_tar_and_its_end_makes_the_shard_be_done_whole(tmp_path, five):
     folder, shard = OutputFolder(str(tmp_path / "out")), str(five)
     image = Region((0.0, 0.0, 60.0, 40.0), 1.0, "image")
@@ -199,7 +212,7 @@ def counted(shard: str, paired: int, bad: list[dict]) -> ShardCounts:
     """The counts of a shard with so many paired samples, and these bad ones."""
     counts = ShardCounts(size_bytes(shard))
     for _ in range(paired):
-        counts.add_pairs(3, 1, [0.5], 0)
+        counts.add_pairs(3, 1, [0.5], 0, 1)
     for record in bad:
         counts.add_bad(record)
     return counts

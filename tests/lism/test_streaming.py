@@ -10,7 +10,8 @@ import pytest
 from flat_memory import STORE_BYTES
 from odd_tars import picture, write_members
 
-from goal_ray.lism.output import OutputFolder, ShardCounts
+from goal_ray.lism.counts import ShardCounts
+from goal_ray.lism.output import OutputFolder
 
 pytestmark = pytest.mark.ray
 
