@@ -6,6 +6,7 @@ A config class is a plain frozen dataclass with a docstring whose lines `name: w
 import dataclasses
 import json
 import re
+import shutil
 import textwrap
 import typing
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from goal_ray.errors import ConfigError
 
 T = TypeVar("T")
 UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")  # pydantic's types of error
+WIDEST_HELP = 120
 
 
 def strict(cls: type) -> type:
@@ -241,6 +243,12 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True)
 
 
+def fill(text: str, hang: int) -> str:
+    """A text broken between words for the terminal, its lines but the first `hang` columns to the right."""
+    width = min(WIDEST_HELP, shutil.get_terminal_size().columns)
+    return textwrap.fill(text, width, subsequent_indent=" " * hang, break_long_words=False, break_on_hyphens=False)
+
+
 def describe(cls: type, prefix: str = "") -> str:
     """Help text: the class's own keys, then its sections; a key with its default and its line of the docstring."""
     docs = dict(re.findall(r"^\s*(\w+): (.+(?:\n {8,}.+)*)$", cls.__doc__ or "", re.MULTILINE))
@@ -250,7 +258,7 @@ def describe(cls: type, prefix: str = "") -> str:
         name, options = f"{prefix}{field.name}", dataclass_options(hints[field.name])
         for option in options:
             title = section_title(name, field, option, tagged=len(options) > 1)
-            sections.append(f"\n{title}\n{describe(option, f'{name}.')}")
+            sections.append(f"\n{fill(title, 6)}\n{describe(option, f'{name}.')}")
         allowed = typing.get_args(hints[field.name]) if typing.get_origin(hints[field.name]) is typing.Literal else ()
         if options or len(allowed) == 1:  # the one allowed value is the section's tag, which its title tells
             continue
@@ -258,9 +266,8 @@ def describe(cls: type, prefix: str = "") -> str:
         if field.default_factory is not dataclasses.MISSING:
             default = f"= {to_text(field.default_factory())}"
         choices = f" [{' | '.join(map(str, allowed))}]" if allowed else ""
-        indent, explanation = " " * 6, re.sub(r"\s+", " ", docs.get(field.name, ""))
-        text = textwrap.fill(explanation + choices, 100, initial_indent=indent, subsequent_indent=indent)
-        keys.append(f"  {name} {default}\n{text}".rstrip())
+        explanation = re.sub(r"\s+", " ", docs.get(field.name, ""))
+        keys.append(f"  {name} {default}\n{fill(' ' * 6 + explanation + choices, 6)}".rstrip())
     return "\n".join(keys + sections)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from goal_ray.errors import ConfigError, ModelError
 from goal_ray.settings import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, ModelConfig
-from goal_ray.weights import HF_WEIGHTS_FILES, create_model, empty_model, is_hf_folder, load_hf_folder
+from goal_ray.weights import HF_WEIGHTS_FILES, check_model, create_model, empty_model, is_hf_folder, load_hf_folder
 
 KEPT_POSITIONS = 20
 TOKENIZER_ARGUMENTS = {"clean", "language", "strip_sep_token"}
@@ -230,6 +230,7 @@ def load_model(config: ModelConfig, seed: int = 0) -> LoadedModel:
             if folder.is_dir():
                 clip, tokenizer, model_cfg = _load_folder(folder, config.weights)
             else:
+                check_model(config, "model")
                 name = _architecture_name(config.name)
                 model_cfg = open_clip.get_model_config(name)
                 tokenizer = _load_tokenizer(name, model_cfg)
@@ -260,18 +261,11 @@ def load_model(config: ModelConfig, seed: int = 0) -> LoadedModel:
 
 
 def _architecture_name(name: str) -> str:
-    if name.endswith(".json"):
-        path = Path(name)
-        if not path.is_file():
-            raise ModelError(f"{name}: no such model config file")
-        open_clip.add_model_config(path)
-        return path.stem
-    if open_clip.get_model_config(name) is None:
-        raise ModelError(
-            f"model {name!r} is neither an open_clip architecture (see open_clip.list_models()), nor a .json file, "
-            f"nor a folder with {OPEN_CLIP_CONFIG}"
-        )
-    return name
+    """open_clip's name of an architecture, which learns here of one in a .json file."""
+    if not name.endswith(".json"):
+        return name
+    open_clip.add_model_config(Path(name))
+    return Path(name).stem
 
 
 def _load_folder(folder: Path, weights: str | None) -> tuple[nn.Module, Any, dict[str, Any]]:

@@ -24,7 +24,7 @@ import tenacity
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from goal_ray.errors import ConfigError
+from goal_ray.errors import ConfigError, ShardError
 
 TEMPORARY = re.compile(r"\..+\.(?P<place>[0-9a-f]{32})\.(?P<pid>\d+)\.[0-9a-f]{32}\.tmp")
 ABANDONED_S = 3600.0
@@ -33,7 +33,7 @@ PARALLEL_READS = 32
 READ_BYTES = 1 << 20
 PATIENCE_S = float(os.environ.get("GOAL_RAY_STORAGE_PATIENCE_S", "600"))
 LASTING = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
-LASTING_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EINVAL, errno.ENAMETOOLONG)
+LASTING_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG)
 NETWORK_LIBRARIES = ("aiohttp", "botocore", "gcsfs", "google", "requests", "urllib3")
 PASSING_REFUSALS = (408, 425, 429)  # too slow, too early, too many requests
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci", "tos", "hf"}
@@ -108,7 +108,7 @@ class _RemoteFile(io.RawIOBase):
         self.fs, self.path = file_system(url)
         self.place = 0
         self.file: Any = None
-        self.size = int(patiently(self._open, url).size)
+        self.size = told_bytes(patiently(self._open, url).size, url)
 
     def _open(self) -> Any:
         if self.file is None:
@@ -151,7 +151,7 @@ class _RemoteFile(io.RawIOBase):
 
 
 def open_read(url: str) -> IO[bytes]:
-    """Opens a file for reading; seekable, buffered. The caller closes it."""
+    """Opens a file for reading; seekable, buffered. The caller closes it. Raises ShardError as `size_bytes`."""
     fs, path = file_system(url)
     return fs.open(path, "rb") if isinstance(fs, LocalFileSystem) else io.BufferedReader(_RemoteFile(url), READ_BYTES)
 
@@ -278,23 +278,31 @@ def read_bytes(url: str) -> bytes:
 
 
 def size_bytes(url: str) -> int:
-    """The length of a file."""
+    """The length of a file. Raises ShardError where its storage, as a web server may do, tells none."""
     fs, path = file_system(url)
-    return int(patiently(lambda: fs.info(path), url)["size"])
+    return told_bytes(patiently(lambda: fs.info(path), url)["size"], url)
+
+
+def told_bytes(size: int | None, url: str) -> int:
+    """A length that a storage told. Raises ShardError where it told none."""
+    if size is None:
+        raise ShardError(f"{url}: its server does not tell how long it is; copy it to a disk or an object store")
+    return int(size)
 
 
 def sizes_bytes(urls: Sequence[str]) -> dict[str, int]:
-    """The lengths of files. Many of one folder are looked up in one listing of it."""
+    """The lengths of files, as `size_bytes`. Many of one folder are looked up in one listing of it."""
     folders: dict[str, list[str]] = {}
     for url in urls:
         folders.setdefault(url.rpartition("/")[0], []).append(url)
     sizes: dict[str, int] = {}
     for folder, inside in folders.items():
-        if len(inside) > FEW:
+        if len(inside) > FEW and kind(folder) == "directory":
             fs, path = file_system(folder)
             entries = patiently(partial(fs.ls, path, detail=True), folder)
             listed = {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in entries}
-            sizes |= {url: int(listed[name]) for url in inside if (name := url.rsplit("/", 1)[-1]) in listed}
+            found = {url: listed.get(url.rsplit("/", 1)[-1]) for url in inside}
+            sizes |= {url: int(size) for url, size in found.items() if size is not None}
     return {url: sizes[url] if url in sizes else size_bytes(url) for url in urls}
 
 
@@ -341,13 +349,17 @@ def exists(url: str) -> bool:
 
 
 def kind(url: str) -> str | None:
-    """What an address is: "file", "directory" or another kind of thing; None where nothing is there."""
+    """What an address is: "file", "directory" or another kind of thing; None where nothing is there.
+
+    On a web server a page is a directory, that of its links.
+    """
     fs, path = file_system(url)
     try:
-        # Not fsspec's `exists`, to which a storage that fails is an empty one.
-        return str(patiently(lambda: fs.info(path), url)["type"])
+        # Not fsspec's `exists` or `isdir`, to which a storage that fails is an empty one.
+        info = patiently(lambda: fs.info(path), url)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    return "directory" if info.get("mimetype") == "text/html" else str(info["type"])
 
 
 def join(folder: str, name: str) -> str:

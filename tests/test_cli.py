@@ -10,7 +10,7 @@ import pytest
 
 import goal_ray
 from goal_ray.__main__ import STAGES
-from goal_ray.cli import run_main
+from goal_ray.cli import reflow, run_main
 from goal_ray.scenes.run import SceneSettings, draw_scenes
 
 
@@ -42,7 +42,48 @@ def test_every_stage_has_a_help_with_purpose_and_example(call, stage):
     assert (status, complaints) == (0, "")
     assert printed.startswith(f"usage: goal-ray {stage} ")
     assert f"\nexample:\n  goal-ray {stage} " in printed
-    assert max(map(len, printed.splitlines())) < 160
+
+
+@pytest.mark.parametrize("columns", [80, 300])
+@pytest.mark.parametrize("stage", [*STAGES, "shards make", "shards validate", "shards index", "shards reshard"])
+def test_a_help_fits_its_terminal_and_is_never_wider_than_can_be_read(call, monkeypatch, stage, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    _, printed, _ = call(*stage.split(), "--help")
+    description = printed.split("\n\n", 1)[1].split("\npositional arguments:\n")[0].split("\noptions:\n")[0]
+    settings = printed.partition("settings, with their defaults")[2]
+    lines = [*description.splitlines(), *(line for line in settings.splitlines() if " = " not in line)]
+    assert max(map(len, lines)) <= min(columns, 120)
+    if len(description) > columns:
+        assert max(map(len, description.splitlines())) > min(columns, 120) - 20  # paragraphs take the width there is
+
+
+def test_paragraphs_and_items_of_lists_are_broken_anew_between_words(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "24")
+    text = """A paragraph whose
+lines are not the terminal's, of some-hyphenated-words.
+
+  one    a thing that
+         is long enough
+  other  another
+
+first: and what goes
+  on here
+second"""
+    assert (
+        reflow(text)
+        == """A paragraph whose lines
+are not the terminal's,
+of
+some-hyphenated-words.
+
+  one    a thing that is
+         long enough
+  other  another
+
+first: and what goes on
+  here
+second"""
+    )
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -75,7 +116,7 @@ def test_help_says_which_proposer_is_the_default_and_how_to_choose_another(call)
     _, printed, _ = call("lism", "--help")
     assert "\nproposer (proposer.name=felzenszwalb, the default): " in printed
     assert "\nproposer (proposer.name=grid): " in printed
-    assert "\nmatcher.model (default: name=ViT-L-14-336 weights=openai): " in printed
+    assert "\nmatcher.model (default: name=ViT-L-14-336 weights=openai):" in printed
 
 
 @pytest.mark.parametrize(
@@ -103,6 +144,11 @@ def test_help_says_which_proposer_is_the_default_and_how_to_choose_another(call)
         (["evaluate", "{tmp}/nothing", "{tars}"], ["nothing: no such folder"]),
         (["evaluate", "{tmp}", "{tmp}/nothing"], ["nothing: no such file or folder"]),
         (["evaluate", "{tmp}", "{tars}", "--batch", "0"], ["batch must be at least 1"]),
+        (
+            ["evaluate", "ViT-B-33", "{tars}", "--weights", "openai"],
+            ["'ViT-B-33' is no folder", "did you mean ViT-B-32"],
+        ),
+        (["evaluate", "ViT-B-32", "{tars}", "--weights", "openia"], ["'openia' is no file", "tags: openai"]),
         (["export", "{tmp}/nothing"], ["nothing: no such folder"]),
         (["export", "{tars}"], ["say with --out where the model goes"]),
         (["export", "{tars}", "--out", "{tmp}/out"], ["no open_clip_config.json", "Hugging Face's CLIP"]),

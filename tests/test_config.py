@@ -193,3 +193,10 @@ def test_every_key_of_the_real_configs_is_explained(cls):
         lines[number] for number in keys if number + 1 == len(lines) or not lines[number + 1].startswith("      ")
     ]
     assert not [line for line in unexplained if ".name = " not in line]
+
+
+@pytest.mark.parametrize(("columns", "widest"), [(60, 60), (100, 100), (300, 120)])
+def test_explanations_take_the_terminals_width_as_far_as_it_can_be_read(monkeypatch, columns, widest):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = [line for line in describe(TrainConfig).splitlines() if " = " not in line]
+    assert widest - 5 <= max(map(len, lines)) <= widest

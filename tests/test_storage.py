@@ -6,6 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import aiohttp
 import fsspec
@@ -13,11 +16,12 @@ import gcsfs.retry
 import pytest
 
 from goal_ray import storage
-from goal_ray.errors import ConfigError
+from goal_ray.errors import ConfigError, ShardError
 from goal_ray.shard_urls import expand_shards
 from goal_ray.storage import (
     exists,
     file_system,
+    kind,
     list_names,
     may_pass,
     open_atomic,
@@ -26,6 +30,7 @@ from goal_ray.storage import (
     read_bytes,
     read_range,
     remove_abandoned,
+    size_bytes,
     sizes_bytes,
     write_bytes,
 )
@@ -230,6 +235,51 @@ def test_a_part_without_bytes_is_read_anywhere(s3, tmp_path):
         assert [read_range(f"{folder}/a", start, 0) for start in (0, 1, 3)] == [b"", b"", b""]
 
 
+@pytest.fixture
+def web(tmp_path):
+    """The address of a server of files in a folder; it tells no length of those under /streamed/."""
+    (tmp_path / "streamed").mkdir()
+
+    class Files(SimpleHTTPRequestHandler):
+        def send_header(self, keyword, value):
+            if keyword != "Content-Length" or not self.path.startswith("/streamed/"):
+                super().send_header(keyword, value)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Files, directory=str(tmp_path)))
+    Thread(target=server.serve_forever).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_server_that_tells_no_length_is_an_error_that_names_file_and_remedy(web, tmp_path):
+    for place in ("a.tar", "streamed/a.tar"):
+        write_bytes(str(tmp_path / place), b"abcd")
+    assert (size_bytes(f"{web}/a.tar"), read_bytes(f"{web}/a.tar")) == (4, b"abcd")
+    for ask in (size_bytes, open_read, lambda url: sizes_bytes([url])):
+        with pytest.raises(ShardError, match=r"streamed/a\.tar: its server does not tell how long it is; copy it"):
+            ask(f"{web}/streamed/a.tar")
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_sizes_of_many_files_of_a_web_server_are_asked_one_by_one(web, tmp_path, listed):
+    for number in range(storage.FEW + 1):
+        write_bytes(str(tmp_path / "tars" / f"{number}.tar"), bytes(number))
+    if not listed:
+        (tmp_path / "tars" / "index.html").write_text("Nothing to see.")
+    urls = [f"{web}/tars/{number}.tar" for number in range(storage.FEW + 1)]
+    assert list(sizes_bytes(urls).values()) == list(range(storage.FEW + 1))
+
+
+def test_a_page_of_links_is_a_folder_of_a_web_server(web, tmp_path):
+    write_bytes(str(tmp_path / "tars" / "a.tar"), b"abcd")
+    assert [kind(f"{web}/{place}") for place in ("tars", "tars/a.tar", "none")] == ["directory", "file", None]
+    assert expand_shards(f"{web}/tars/") == [f"{web}/tars/a.tar"]
+
+
 def answer(status: int) -> aiohttp.ClientResponseError:
     return aiohttp.ClientResponseError(None, (), status=status)
 
@@ -260,7 +310,14 @@ def test_patience_ends(s3, s3_server, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "error", [FileNotFoundError("a"), PermissionError("a"), OSError(errno.ENOSPC, "full"), TypeError()]
+    "error",
+    [
+        FileNotFoundError("a"),
+        PermissionError("a"),
+        OSError(errno.ENOSPC, "full"),
+        OSError(errno.ELOOP, "a link to itself"),
+        TypeError(),
+    ],
 )
 def test_what_lasts_is_raised_at_once(error):
     calls = []

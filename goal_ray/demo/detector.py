@@ -31,8 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line, trains, writes the weights."""
     places = {"SCENES": "drawn tars", "WEIGHTS": "file for the state dict"}
     example = "goal-ray scenes drawn --count 1200 --seed 7 && python -m goal_ray.demo.detector drawn detector.pth"
-    command = parser("demo.detector", DESCRIPTION, example, places)
-    command.prog = "python -m goal_ray.demo.detector"
+    command = parser("detector", DESCRIPTION, example, places, prog="python -m goal_ray.demo.detector")
     command.add_argument(
         "--model",
         metavar="NAME",

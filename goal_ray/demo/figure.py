@@ -41,8 +41,8 @@ class Row:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line, draws, writes."""
     example = "python -m goal_ray.demo.figure demo/seed-0/paired pairs.svg"
-    command = parser("demo.figure", DESCRIPTION, example, {"PAIRED": "paired tars, or their folder", "OUT": "SVG file"})
-    command.prog = "python -m goal_ray.demo.figure"
+    places = {"PAIRED": "paired tars, or their folder", "OUT": "SVG file"}
+    command = parser("figure", DESCRIPTION, example, places, prog="python -m goal_ray.demo.figure")
     command.add_argument("--samples", type=int, default=2, help="how many (default: %(default)s)")
     options = command.parse_args(arguments)
     if options.samples < 1:

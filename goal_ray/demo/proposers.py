@@ -31,8 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         'matcher.model.name=demo/seed-0/runs/start/model --proposer "name=sam checkpoint=mobile_sam.pt"'
     )
     places = {"SCENES": "drawn tars", "OUT": "folder for what comes out"}
-    command = parser("demo.proposers", DESCRIPTION, example, places, LismConfig)
-    command.prog = "python -m goal_ray.demo.proposers"
+    command = parser("proposers", DESCRIPTION, example, places, LismConfig, "python -m goal_ray.demo.proposers")
     command.add_argument(
         "--proposer",
         metavar="SETTINGS",

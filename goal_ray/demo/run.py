@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,15 @@ MODELS = {"start": "start", "global": "global loss only", "goal": "GOAL"}
 GLOBAL_ONLY = ("loss.weight_local=0", "loss.weight_tsl_image=0", "loss.weight_tsl_text=0", "name=global")
 DIRECTIONS = ("text_to_image", "image_to_text")
 MEASURES = {"captions": "R@1", "sentences": "R@1", "joint": "mAP"}
-TABLE_HEAD = f"{'':<18}" + "".join(f"{f'{part} {at}':>26}" for part, at in MEASURES.items())
+STAGES = {
+    "scenes": "draw the scenes",
+    "start": "train a small CLIP on short captions, the start",
+    "pairs": "find the local pairs of the long captions with LISM",
+    "global": "fine-tune the start with the global loss only",
+    "goal": "fine-tune the start with GOAL",
+    "metrics": "evaluate the three",
+    "report": "write the report",
+}
 
 
 @dataclass(frozen=True)
@@ -77,20 +86,23 @@ def run_seed(folder: Path, seed: int) -> dict[str, Any]:
     together. "seconds" are those of this call, which does not repeat what an earlier one finished.
     """
     began = time.perf_counter()
+    say_stage(seed, "scenes")
     scenes = {name: str(folder / "scenes" / name) for name in SCENES}
     for name, kind in SCENES.items():
         draw_scenes(scenes[name], kind.count, SEED_STRIDE * seed + kind.seed, kind.settings)
-
+    say_stage(seed, "start")
     start = fit("start.yaml", folder, seed, scenes["short"], str(HERE / "demo_clip.json"))
+    say_stage(seed, "pairs")
     paired = str(folder / "paired")
     matcher = f"matcher.model.name={start.model_dir}", "matcher.model.weights=", "matcher.crop_mode=squash"
     run_lism(scenes["train"], paired, load_config(LismConfig, None, [*matcher, f"device={DEVICE}"]))
-    runs = {
-        "start": start,
-        "global": fit("finetune.yaml", folder, seed, paired, str(start.model_dir), GLOBAL_ONLY),
-        "goal": fit("finetune.yaml", folder, seed, paired, str(start.model_dir)),
-    }
+    say_stage(seed, "global")
+    runs = {"start": start, "global": fit("finetune.yaml", folder, seed, paired, str(start.model_dir), GLOBAL_ONLY)}
+    say_stage(seed, "goal")
+    runs["goal"] = fit("finetune.yaml", folder, seed, paired, str(start.model_dir))
+    say_stage(seed, "metrics")
     metrics = {name: evaluate(str(run.run_dir), scenes["test"], device=DEVICE, pairs=1) for name, run in runs.items()}
+    say_stage(seed, "report")
     write_report([str(run.run_dir) for run in runs.values()], str(folder / "report.html"))
     return {
         "seed": seed,
@@ -110,6 +122,12 @@ def run_seed(folder: Path, seed: int) -> dict[str, Any]:
     }
 
 
+def say_stage(seed: int, stage: str) -> None:
+    """Tells, above the stage's own progress, how far the demo is."""
+    number = list(STAGES).index(stage) + 1
+    print(f"seed {seed}, stage {number} of {len(STAGES)}: {STAGES[stage]}", file=sys.stderr, flush=True)
+
+
 def fit(recipe: str, folder: Path, seed: int, shards: str, model: str, more: Sequence[str] = ()) -> TrainResult:
     """Trains by one of the demo's recipes, or goes on where an interrupted demo stopped."""
     places = [f"model.name={model}", f"data.shards={shards}", f"storage_path={folder / 'runs'}", f"seed={seed}"]
@@ -117,23 +135,27 @@ def fit(recipe: str, folder: Path, seed: int, shards: str, model: str, more: Seq
     return train(config, resume=(folder / "runs" / config.name).exists())
 
 
+def table_head(cell: int) -> str:
+    """The line above a table with cells so many letters wide."""
+    return f"{'':<18}" + "".join(f"{f'{part} {at}':>{cell}}" for part, at in MEASURES.items())
+
+
 def print_result(result: Mapping[str, Any], out: Path) -> None:
-    """Prints one seed's table."""
+    """Prints one seed's table, on 80 columns."""
     lism, goal = result["lism"], result["models"]["goal"]
     print(f"\nseed {result['seed']}; {result['seconds']:.0f} s in this call")
     print(
-        f"retrieval in percent, text→image / image→text: R@1 of {goal['captions']['count']} captions and pictures, "
-        f"R@1 of {goal['sentences']['count']} sentences and regions, mAP of both together; all held out"
+        "retrieval in percent, text→image / image→text, of held-out scenes: R@1 of\n"
+        f"{goal['captions']['count']} captions and pictures, R@1 of {goal['sentences']['count']} sentences and "
+        "regions, mAP of both"
     )
-    print(TABLE_HEAD + f"{'training, s':>13}")
+    print(f"{table_head(16)}{'training, s':>13}")
     for name, label in MODELS.items():
         model = result["models"][name]
         cells = (" / ".join(f"{model[part][way][at]:.1f}" for way in DIRECTIONS) for part, at in MEASURES.items())
-        print(f"{label:<18}" + "".join(f"{cell:>26}" for cell in cells) + f"{model['train_seconds']:>13.0f}")
+        print(f"{label:<18}" + "".join(f"{cell:>16}" for cell in cells) + f"{model['train_seconds']:>13.0f}")
     right, found = 100 * lism["right_region"], 100 * lism["object_recall"]
-    print(
-        f"LISM: {right:.1f} % of {lism['sentences']} sentences got a region with IoU ≥ 0.5 on the object they speak of;"
-    )
+    print(f"LISM: {right:.1f} % of {lism['sentences']} sentences got a region with IoU ≥ 0.5 on their object;")
     print(f"      {found:.1f} % of the objects have a proposed region with IoU ≥ 0.5")
     print(f"curves and pictures: {out / result['report']}\nLISM's pairs: {out / result['gallery']}")
     print(f"all numbers: {out / RESULT_FILE}")
@@ -164,7 +186,7 @@ def spread(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def print_spread(summary: Mapping[str, Any]) -> None:
     """Prints the table over seeds: mean ± sample standard deviation."""
     print(f"\nover {len(summary['seeds'])} seeds, mean ± standard deviation, text→image / image→text, in percent")
-    print(TABLE_HEAD)
+    print(table_head(26))
     rows = {label: summary["models"][name] for name, label in MODELS.items()}
     rows["GOAL - global"] = summary["goal_minus_global"]
     for label, row in rows.items():

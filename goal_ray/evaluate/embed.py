@@ -1,9 +1,8 @@
 """Embeds the pictures and captions of shards, and their pairs, in one streamed pass. Core: torch only, no Ray."""
 
 import re
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import count, islice
@@ -13,15 +12,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tqdm import tqdm
 
+from goal_ray.ahead import read_ahead
 from goal_ray.errors import GoalRayError, ModelError, ShardError, StageError
+from goal_ray.evaluate.progress import Progress
 from goal_ray.geometry import PixelGeometry, outer_box
 from goal_ray.images import decode_image
 from goal_ray.model import LoadedModel, encode_image, encode_text
 from goal_ray.pairs import PairRecord, best_pairs
 from goal_ray.settings import ResizeConfig
-from goal_ray.storage import file_system
+from goal_ray.storage import sizes_bytes
 from goal_ray.tars import PAIRS_EXTENSION, Sample, stream_samples
 from goal_ray.text import CaptionEncoder, pad_batch
 
@@ -46,6 +46,14 @@ class Embeddings:
     skipped: list[dict[str, str]]
 
 
+class Stored(NamedTuple):
+    """A sample of a tar · end_bytes: what of all shards is behind it."""
+
+    url: str
+    sample: Sample
+    end_bytes: int
+
+
 class View(NamedTuple):
     """A picture with its caption, or a region with its sentence, ready for the model.
 
@@ -60,12 +68,19 @@ class View(NamedTuple):
 
 
 def embed_shards(
-    loaded: LoadedModel, shards: list[str], batch: int, device: str, threads: int, pairs: int = 0
+    loaded: LoadedModel,
+    shards: list[str],
+    batch: int,
+    device: str,
+    threads: int,
+    pairs: int = 0,
+    title: str = "evaluate",
 ) -> Embeddings:
     """Embeds every sample of the shards; decoding overlaps with the model. Bad samples are skipped and listed.
 
     pairs  also embeds the regions and sentences of so many pairs of a sample, the best by its KEY.pairs.json; one
            without is then a bad sample
+    title  what the progress is called
 
     A picture or caption that stands in several samples is one picture or caption: two rows of it would tie, and neither
     could ever be found first. Raises StageError where no sample is usable.
@@ -97,17 +112,17 @@ def embed_shards(
         return [(pictures[view.picture], texts[view.text]) for view in views]
 
     samples = 0
-    bar = tqdm(desc="evaluate", total=size_bytes(shards), unit="B", unit_scale=True, dynamic_ncols=True, disable=None)
-    with ThreadPoolExecutor(threads) as pool, torch.inference_mode(), bar:
-        stream = read_samples(shards, bar, skipped)
-        ready = ordered(pool, preparation(loaded, pairs), stream, ahead=2 * batch, skipped=skipped)
+    sizes = sizes_bytes(shards)
+    with torch.inference_mode(), Progress(title, sum(sizes[url] for url in shards)) as progress:
+        stored = read_samples(shards, sizes, skipped)
+        ready = prepared(preparation(loaded, pairs), stored, 2 * batch, threads, skipped)
         while rows := list(islice(ready, batch)):
             samples += len(rows)
-            whole_pairs += embed([whole for whole, *_ in rows])
-            local = (view for _, *views in rows for view in views)
+            whole_pairs += embed([whole for _, (whole, *_) in rows])
+            local = (view for _, (_, *views) in rows for view in views)
             while views := list(islice(local, batch)):
                 local_pairs += embed(views)
-            bar.set_postfix_str(f"{samples} samples", refresh=False)
+            progress.reached(rows[-1][0], samples)
     if not samples:
         why = f"; {most_frequent(skipped)}" if skipped else ""
         raise StageError(f"no usable sample in {len(shards)} shards{why}")
@@ -170,21 +185,18 @@ def add_new(known: dict[bytes, int], items: Iterable[tuple[bytes, np.ndarray]]) 
     return list(new.values())
 
 
-def read_samples(shards: list[str], bar: tqdm, skipped: list[dict[str, str]]) -> Iterator[tuple[str, Sample]]:
-    """(tar, sample) of all shards in order; a damaged tar ends early and goes to `skipped`. The bar counts bytes."""
+def read_samples(shards: Sequence[str], sizes: Mapping[str, int], skipped: list[dict[str, str]]) -> Iterator[Stored]:
+    """The samples of all shards, of so many bytes, in order; a damaged tar ends early and goes to `skipped`."""
+    begin = 0
     for url in shards:
+        end = begin
         try:
             for sample in stream_samples(url):
-                bar.update(sum(map(len, sample.members.values())))
-                yield url, sample
+                end += sum(map(len, sample.members.values()))
+                yield Stored(url, sample, end)
         except ShardError as error:
             skipped.append({"shard": url, "key": "", "reason": str(error)})
-
-
-def size_bytes(shards: list[str]) -> int | None:
-    """Size of all shards, for an estimate of the time left; None where a store does not tell."""
-    sizes = [fs.size(path) for fs, path in map(file_system, shards)]
-    return None if None in sizes else sum(sizes)
+        begin += sizes[url]  # headers and padding, too, and what lies behind its damage
 
 
 def describe_skip(record: dict[str, str]) -> str:
@@ -205,23 +217,23 @@ def problem_of(record: dict[str, str]) -> str:
     return re.sub(r"'[^']*'|\"[^\"]*\"|0x[0-9a-f]+|\d+", "#", record["reason"].replace(record["shard"], "#"))
 
 
-def ordered(
-    pool: ThreadPoolExecutor,
+def prepared(
     prepare: Callable[[Sample, str], list[View]],
-    samples: Iterable[tuple[str, Sample]],
+    stored: Iterable[Stored],
     ahead: int,
+    threads: int,
     skipped: list[dict[str, str]],
-) -> Iterator[list[View]]:
-    """Results of `prepare` in the samples' order, computed up to `ahead` of the reader; bad ones go to `skipped`."""
-    waiting: deque[tuple[str, str, Future[list[View]]]] = deque()
-    source = iter(samples)
-    while True:
-        for url, sample in islice(source, ahead - len(waiting)):
-            waiting.append((url, sample.key, pool.submit(prepare, sample, url)))
-        if not waiting:
-            return
-        url, key, future = waiting.popleft()
+) -> Iterator[tuple[int, list[View]]]:
+    """(`end_bytes`, what `prepare` makes of it) of samples in order, as `read_ahead`; bad ones go to `skipped`."""
+
+    def attempt(one: Stored) -> tuple[int, list[View] | dict[str, str]]:
         try:
-            yield future.result()
+            return one.end_bytes, prepare(one.sample, one.url)
         except GoalRayError as error:
-            skipped.append({"shard": url, "key": key, "reason": str(error)})
+            return one.end_bytes, {"shard": one.url, "key": one.sample.key, "reason": str(error)}
+
+    for end_bytes, made in read_ahead(attempt, stored, ahead, threads):
+        if isinstance(made, dict):
+            skipped.append(made)
+        else:
+            yield end_bytes, made

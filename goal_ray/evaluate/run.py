@@ -19,7 +19,7 @@ from goal_ray.model import load_model, usable_device
 from goal_ray.retrieval import retrieval_metrics
 from goal_ray.settings import ModelConfig
 from goal_ray.shard_urls import expand_shards
-from goal_ray.storage import file_system, write_bytes
+from goal_ray.storage import file_system, kind, patiently, write_bytes
 from goal_ray.train.checkpoint import refuse_damaged
 from goal_ray.train.result import EVALUATION_FOLDER, best_checkpoint
 
@@ -63,7 +63,8 @@ def evaluate(
     if place is not None:
         claim_place(place)
     refuse_damaged(Path(name))
-    found = embed_shards(load_model(ModelConfig(name, weights)), urls, batch, device, usable_cores(), pairs)
+    title = f"evaluate {Path(checkpoint).absolute().name}"
+    found = embed_shards(load_model(ModelConfig(name, weights)), urls, batch, device, usable_cores(), pairs, title)
     total = found.samples + len(found.skipped)
     if len(found.skipped) > max_bad_share * total:
         raise StageError(
@@ -135,9 +136,9 @@ def claim_place(place: str) -> None:
     """Refuses a place where no file can be written before the work is done, not after it. Raises ConfigError."""
     fs, path = file_system(place)
     try:
-        if fs.isdir(path):
+        if kind(place) == "directory":
             raise IsADirectoryError("it is a folder")
-        fs.makedirs(fs._parent(path), exist_ok=True)
+        patiently(lambda: fs.makedirs(fs._parent(path), exist_ok=True), place)
     except OSError as error:
         raise ConfigError(f"{place}: cannot write the JSON file there: {error}; choose another --out") from None
 
@@ -148,16 +149,17 @@ def print_table(result: dict[str, Any]) -> None:
     repeated = f"{result['repeated']} repeated, " if result["repeated"] else ""
     print(
         f"{result['count']} pairs of {result['pictures']} pictures and {result['captions']} captions; "
-        f"{repeated}{len(result['skipped'])} skipped; computed on {result['device']} in {result['seconds']} s"
+        f"{repeated}{len(result['skipped'])} skipped; on {result['device']} in {result['seconds']} s"
     )
-    print(f"{'':<22}" + "".join(f"{name:>13}" for name in names))
+    print(f"{'':<22}" + "".join(f"{name.removesuffix('_rank'):>9}" for name in names))
     rows = {"text → image": result["text_to_image"], "image → text": result["image_to_text"]}
     if "local" in result:
         local, joint = result["local"], result["joint"]
         rows |= {"sentence → region": local["text_to_image"], "region → sentence": local["image_to_text"]}
         rows |= {"joint, text → image": joint["text_to_image"], "joint, image → text": joint["image_to_text"]}
+    digits = {name: 1 if name == "median_rank" else 2 for name in names}  # a rank is whole, or half of two
     for title, shares in rows.items():
-        cells = (f"{shares[name]:>13.2f}" if name in shares else f"{'–':>13}" for name in names)
+        cells = (f"{shares[name]:>9.{digits[name]}f}" if name in shares else f"{'–':>9}" for name in names)
         print(f"{title:<22}" + "".join(cells))
     for record in result["skipped"][:SKIPPED_SHOWN]:
         print(f"skipped: {describe_skip(record)}", file=sys.stderr)

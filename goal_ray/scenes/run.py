@@ -14,19 +14,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from pydantic import TypeAdapter
 from tqdm import tqdm
 
+from goal_ray.claim import claim_folder
 from goal_ray.config import strict
-from goal_ray.errors import ConfigError, StageError
+from goal_ray.errors import ConfigError
 from goal_ray.pairs import Pair, PairRecord, Region
 from goal_ray.scenes.captions import Sentence, write_caption
 from goal_ray.scenes.drawing import render
 from goal_ray.scenes.layout import MAX_OBJECTS, Box, crop_scene, full_scene, look_alike
-from goal_ray.storage import exists, join, list_names, read_bytes, write_bytes
+from goal_ray.storage import exists, join
 from goal_ray.tars import PAIRS_EXTENSION, write_tar
 
 SETTINGS_FILE = "scenes.json"
@@ -83,7 +82,8 @@ def draw_scenes(out: str | Path, count: int, seed: int, settings: SceneSettings 
     if seed < 0:
         raise ConfigError(f"seed must not be negative (got {seed})")
     folder = str(out)
-    claim_folder(folder, {"version": VERSION, "count": count, "seed": seed, **dataclasses.asdict(settings)})
+    wanted = {"version": VERSION, "count": count, "seed": seed, **dataclasses.asdict(settings)}
+    claim_folder(folder, SETTINGS_FILE, wanted)
     tars = []
     with tqdm(total=count, unit="scene", desc="drawing", disable=None) as progress:
         for number, start in enumerate(range(0, count, settings.shard_size)):
@@ -94,31 +94,6 @@ def draw_scenes(out: str | Path, count: int, seed: int, settings: SceneSettings 
             progress.update(len(indices))
             tars.append(tar)
     return tars
-
-
-def claim_folder(folder: str, wanted: dict[str, Any]) -> None:
-    """Records the settings in the folder before the first tar, so that an interrupted run is not mixed with another."""
-    path = join(folder, SETTINGS_FILE)
-    try:
-        if not exists(path):
-            if any(name.startswith("scenes-") and name.endswith(".tar") for name in list_names(folder)):
-                raise StageError(
-                    f"{folder}: holds scenes but no {SETTINGS_FILE} that tells their settings; use another OUT"
-                )
-            write_bytes(path, json.dumps(wanted, indent=1).encode())
-            return
-        found = TypeAdapter(dict[str, Any]).validate_json(read_bytes(path))
-    except ValueError as error:
-        raise StageError(
-            f"{path}: not the settings of scenes ({error}); delete the folder or use another OUT"
-        ) from None
-    except OSError as error:
-        raise StageError(f"{folder}: cannot be used as a folder for scenes: {error}; use another OUT") from None
-    if found != wanted:
-        changed = [f"{key} {found.get(key)} (now {value})" for key, value in wanted.items() if found.get(key) != value]
-        raise StageError(
-            f"{folder}: holds scenes drawn with {', '.join(changed)}; delete the folder or use another OUT"
-        )
 
 
 def draw_scene(seed: int, index: int, settings: SceneSettings) -> tuple[str, dict[str, bytes]]:

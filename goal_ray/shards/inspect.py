@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from goal_ray.ahead import read_ahead
 from goal_ray.cli import printable
 from goal_ray.errors import CaptionError, ImageError, ShardError
 from goal_ray.images import upright_size
 from goal_ray.shard_urls import expand_shards, shard_name
-from goal_ray.shards.workers import map_shards, read_ahead
+from goal_ray.shards.workers import map_shards
 from goal_ray.storage import read_range, size_bytes
 from goal_ray.tar_places import SampleIndex, index_shard
 from goal_ray.tars import CAPTION_EXTENSION, PAIRS_EXTENSION, Sample, image_extension

@@ -18,14 +18,24 @@ from typing import IO
 
 from tqdm import tqdm
 
+from goal_ray.claim import claim_folder
 from goal_ray.errors import ConfigError, StageError
 from goal_ray.shard_urls import shard_name
 from goal_ray.shards.keys import HASH_BYTES, KeySet, key_hash
 from goal_ray.shards.outcomes import Outcome, Place, read_outcomes
-from goal_ray.shards.output import claim_folder, refuse_overlap, shards_called, tar_name
+from goal_ray.shards.output import refuse_overlap, shards_called, tar_name
 from goal_ray.shards.sources.candidate import Candidate, Unusable
 from goal_ray.shards.sources.detect import SourceSettings, open_source
-from goal_ray.storage import exists, file_system, join, open_atomic, open_read, read_bytes, write_bytes
+from goal_ray.storage import (
+    exists,
+    join,
+    open_atomic,
+    open_read,
+    read_bytes,
+    remove_abandoned,
+    sizes_bytes,
+    write_bytes,
+)
 from goal_ray.tars import end_mark, stored_bytes, write_samples
 
 SETTINGS_FILE = "make.json"
@@ -125,10 +135,12 @@ def make_shards(settings: SourceSettings, out: str, name: str | None, size: Shar
     kind, source = open_source(settings)
     refuse_overlap(out, [settings.place, *source.parts])
     folder = OutputFolder(out, shards_called(name, out))
-    parts = [[shard_name(part), file_bytes(part)] for part in source.parts]
+    sizes = {} if source.in_folders else sizes_bytes(source.parts)
+    parts = [[shard_name(part), sizes.get(part)] for part in source.parts]
     claim_folder(
         out, SETTINGS_FILE, {**asdict(settings), "kind": kind, "name": folder.name, **asdict(size), "parts": parts}
     )
+    remove_abandoned(join(out, "done"))
     seen, total, number, tars = KeySet(), Made(), 0, 0
     outcomes: Iterator[Outcome] | None = None
     left_over: list[Outcome] = []
@@ -149,13 +161,6 @@ def make_shards(settings: SourceSettings, out: str, name: str | None, size: Shar
     if not total.samples:
         raise StageError(f"{settings.place}: no sample in it; {join(out, SKIPPED_FILE)} tells of all that was found")
     return total, tars
-
-
-def file_bytes(url: str) -> int | None:
-    """The size of a file; None for a folder."""
-    fs, path = file_system(url)
-    info = fs.info(path)
-    return None if info["type"] == "directory" else int(info["size"])
 
 
 def make_shard(

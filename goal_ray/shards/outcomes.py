@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
+from goal_ray.ahead import read_ahead
 from goal_ray.errors import CaptionError, StageError
 from goal_ray.images import EXTENSIONS, format_name
 from goal_ray.shards.keys import KeySet
 from goal_ray.shards.sources.candidate import Candidate, Found, Source, Unusable
-from goal_ray.shards.workers import read_ahead
 from goal_ray.tars import CAPTION_EXTENSION, Sample, split_name
 
 _AHEAD = 64

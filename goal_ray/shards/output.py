@@ -1,12 +1,10 @@
-"""What `make` and `reshard` share: the folder they write to belongs to one source and its settings."""
+"""What `make` and `reshard` share: the names of output shards, and a folder apart from the input."""
 
-import json
 from collections.abc import Sequence
-from typing import Any
 
 from goal_ray.errors import ConfigError, StageError
 from goal_ray.shard_urls import shard_name
-from goal_ray.storage import exists, join, list_names, read_bytes, remove_abandoned, resolved, write_bytes
+from goal_ray.storage import resolved
 
 
 def shards_called(name: str | None, out: str) -> str:
@@ -20,32 +18,6 @@ def shards_called(name: str | None, out: str) -> str:
 def tar_name(name: str, number: int) -> str:
     """The file name of an output shard."""
     return f"{name}-{number:06d}.tar"
-
-
-def claim_folder(folder: str, file: str, wanted: dict[str, Any]) -> None:
-    """Records in `file` what the folder is made of, before the first tar, or checks that it is made of the same.
-
-    Raises StageError for a folder that is made of something else, so that an interrupted run is not mixed with another.
-    """
-    for part in ("", "done"):
-        remove_abandoned(join(folder, part))
-    path = join(folder, file)
-    if not exists(path):
-        foreign = [name for name in list_names(folder) if name.endswith(".tar")]
-        if foreign:
-            raise StageError(f"{folder}: holds {foreign[0]} but no {file}, so it is of another origin; use another OUT")
-        write_bytes(path, json.dumps(wanted, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace"))
-        return
-    try:
-        found = json.loads(read_bytes(path))
-    except ValueError as error:
-        raise StageError(f"{path}: not JSON ({error}); delete the folder or use another OUT") from None
-    changed = [key for key, value in json.loads(json.dumps(wanted)).items() if found.get(key) != value]
-    if changed:
-        raise StageError(
-            f"{folder}: was begun with other settings or another input ({', '.join(changed)}; see {path}); "
-            "use the same ones, another OUT, or delete the folder"
-        )
 
 
 def refuse_overlap(folder: str, inputs: Sequence[str]) -> None:

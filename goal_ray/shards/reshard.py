@@ -12,12 +12,14 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
+from goal_ray.ahead import read_ahead
+from goal_ray.claim import claim_folder
 from goal_ray.errors import ConfigError, ShardError, StageError
 from goal_ray.shard_urls import expand_shards, shard_name
 from goal_ray.shards.keys import readable_keys, repeated_keys
-from goal_ray.shards.output import claim_folder, refuse_overlap, shards_called, tar_name
+from goal_ray.shards.output import refuse_overlap, shards_called, tar_name
 from goal_ray.shards.spans import sample_spans, write_spans
-from goal_ray.shards.workers import map_shards, read_ahead
+from goal_ray.shards.workers import map_shards
 from goal_ray.storage import exists, join, read_range, size_bytes
 
 SETTINGS_FILE = "reshard.json"

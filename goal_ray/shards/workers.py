@@ -1,10 +1,9 @@
-"""Work on many shards at once, in processes; reading ahead, in threads."""
+"""Work on many shards at once, in processes."""
 
 import multiprocessing
 import signal
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
@@ -13,9 +12,7 @@ from tqdm import tqdm
 from goal_ray.cores import usable_cores
 from goal_ray.errors import ConfigError, StageError
 
-_THREADS = 16
 T = TypeVar("T")
-Item = TypeVar("Item")
 
 
 def map_shards(
@@ -47,15 +44,3 @@ def in_processes(work: Callable[[str], T], shards: Sequence[str], workers: int) 
         raise StageError(f"a worker died, maybe for lack of memory; try fewer --workers ({error})") from None
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def read_ahead(work: Callable[[Item], T], items: Iterable[Item], ahead: int) -> Iterator[T]:
-    """The results in order; threads work on so many items ahead, which hides the time that a storage takes."""
-    waiting: deque[Future[T]] = deque()
-    with ThreadPoolExecutor(min(ahead, _THREADS)) as pool:
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()

@@ -6,19 +6,17 @@ runs comparable and resumable. So each worker streams its own plan instead of sh
 
 import json
 import pickle
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
+from goal_ray.ahead import read_ahead
 from goal_ray.batches import ExampleBuilder, collate
 from goal_ray.errors import CaptionError, ImageError, ShardError
 from goal_ray.goal_batch import pack
 from goal_ray.order import BatchOrder
 from goal_ray.ray_session import quiet_ray_data
-from goal_ray.tars import Sample
 from goal_ray.train.scan import ShardIndex, bad_record, own_scan, read_sample
 
 # Ray gives a CPU its next task some hundredths of a second after the last: too long for tasks of one small micro-batch.
@@ -56,7 +54,8 @@ class BatchReader:
         epoch, rows = self.order.micro_batch(row["id"], self.rank, self.ranks, self.accumulate)
         places = [(self.urls[shard], self._index(shard, builder.pairs > 0), number) for shard, number in rows.tolist()]
         examples, bad = [], []
-        for (url, index, number), sample in zip(places, read_ahead(places), strict=True):
+        samples = read_ahead(lambda place: read_sample(*place), places, READ_AHEAD, READ_AHEAD)
+        for (url, index, number), sample in zip(places, samples, strict=True):
             try:
                 examples.append(builder(sample, url, self.order.seed + epoch))
             except (ImageError, CaptionError, ShardError) as error:
@@ -93,18 +92,6 @@ def fetched(reference: Any) -> Any:
     import ray
 
     return ray.get(reference)
-
-
-def read_ahead(places: list[tuple[str, ShardIndex, int]]) -> Iterator[Sample]:
-    """The samples in order; some are read ahead in threads, while those before are decoded."""
-    waiting: deque[Future[Sample]] = deque()
-    with ThreadPoolExecutor(READ_AHEAD) as pool:
-        for place in places:
-            waiting.append(pool.submit(read_sample, *place))
-            if len(waiting) > READ_AHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 def read_run(numbers: Any, plan: Any, first: int, last: int, together: int) -> Any:

@@ -4,7 +4,8 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from goal_ray.events import event, wants_json
 from goal_ray.jsonl import append_records, read_records
+from goal_ray.plain_lines import PlainLines
 from goal_ray.shard_urls import shard_name
 from goal_ray.storage import write_bytes
 from goal_ray.train.cost import Cost
@@ -21,36 +23,91 @@ from goal_ray.train.scan import QUARANTINE_FILE
 
 METRICS_FILE = "metrics.jsonl"
 NO_CURVE = ("step", "total_steps", "seconds")
+TERMS = {"loss_global": "global", "loss_local": "local", "loss_tsl_image": "TSL image", "loss_tsl_text": "TSL text"}
 OF_A_WINDOW = ("window_steps", "window_seconds", "images", "flops", "energy_joules")
 
 
-class ProgressLine(tqdm):
-    """The one line that a run shows; its total is known once the data are scanned."""
+class ProgressLine:
+    """The one line that a run shows on a terminal; elsewhere it is a plain line now and then. A context manager.
 
-    def __init__(self, name: str):
-        self.live = sys.stderr.isatty()
-        interval_s = 0.1 if self.live else 10.0  # a log file needs no animation
+        train goal 12% 30/240, 03:25 left, loss 2.32: global .87 local .95 TSL image .28 TSL text .22, 61.0 img/s
+
+    What matters most stands first, and a narrow terminal leaves out the parts at the end that do not fit.
+    """
+
+    def __init__(self, name: str, clock: Callable[[], float] = time.monotonic):
+        self.name, self.clock = name, clock
+        self.step = self.total_steps = 0
+        self.latest: list[str] = []
+        self.since: tuple[float, int] | None = None
+        self.done_at: float | None = None
+        self.lines = PlainLines(clock)
         # A bar between JSON lines would break them.
-        super().__init__(
-            desc=f"train {name}", unit="step", dynamic_ncols=True, mininterval=interval_s, disable=wants_json()
+        self.bar = tqdm(
+            desc=f"train {name}", bar_format="{desc}", dynamic_ncols=True, disable=True if wants_json() else None
         )
 
+    def __enter__(self) -> "ProgressLine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.lines.flush()
+        self.bar.close()
+
     def begin(self, first_step: int, total_steps: int) -> None:
-        """Sets where the line starts and ends."""
-        self.initial, self.n, self.total = first_step, first_step, total_steps
+        """Sets where the run starts and ends, once that is known."""
+        self.total_steps = total_steps
+        self.rewind(first_step)
+
+    def rewind(self, step: int) -> None:
+        """Goes back, or on, to a step; how fast steps are is to be seen anew."""
+        self.step, self.since, self.done_at = step, None, None
 
     def show(self, doing: str) -> None:
-        """Says what goes on before the first step."""
-        self.set_postfix_str(doing, refresh=self.live)
+        """Says what goes on between steps."""
+        self.lines.flush()
+        self.latest, self.done_at = [f"{', ' if self.total_steps else ': '}{doing}"], None
+        self._draw(at_once=True)
+
+    def took(self, record: dict[str, Any]) -> None:
+        """Shows a step, by its log record; the first and the last one in any case."""
+        now, self.step, self.total_steps = self.clock(), record["step"], record["total_steps"]
+        first = self.since is None
+        began, first_step = self.since = self.since or (now, self.step)
+        if self.step > first_step:
+            self.done_at = now + (now - began) / (self.step - first_step) * (self.total_steps - self.step)
+        self.latest = describe_step(record)
+        self._draw(at_once=first or self.step == self.total_steps)
 
     def say(self, text: str) -> None:
         """Prints a line above this one."""
-        self.write(text, file=sys.stderr)
+        tqdm.write(text, file=sys.stderr)
 
     def tick(self) -> None:
         """Moves the clock."""
-        if self.live:
-            self.refresh()
+        if not self.bar.disable:
+            self._draw(at_once=False)
+
+    def _draw(self, at_once: bool) -> None:
+        parts = self.parts()
+        self.lines.tell("".join(parts), at_once)
+        self.bar.set_description_str(fitting(parts, self.bar.format_dict["ncols"]))
+
+    def parts(self) -> list[str]:
+        """The line, what matters most first."""
+        found = [f"train {self.name}"]
+        if self.total_steps:
+            share = f" {100 * self.step // self.total_steps}% " if not self.bar.disable else ": step "
+            found.append(f"{share}{self.step}/{self.total_steps}")
+        if self.done_at is not None and self.step < self.total_steps:
+            found.append(f", {tqdm.format_interval(max(0, self.done_at - self.clock()))} left")
+        return found + self.latest
+
+
+def fitting(parts: Sequence[str], columns: int | None) -> str:
+    """The parts one behind the other, without those at the end for which a line of so many columns has no room."""
+    lines = list(accumulate(parts))
+    return max((line for line in lines if columns is None or len(line) <= columns), key=len, default=parts[0])
 
 
 class RunRecorder:
@@ -100,8 +157,7 @@ class RunRecorder:
         for record in saved:
             if record["step"] > (kept[-1]["step"] if kept else 0):
                 self.log(record)
-        self.line.n = step
-        self.line.refresh()
+        self.line.rewind(step)
 
     def log(self, message: dict[str, Any]) -> None:
         """Takes a log line."""
@@ -118,8 +174,7 @@ class RunRecorder:
         event("train", str(self.run_dir), "trained", **shown)
         curves = {f"train/{name}": value for name, value in record.items() if name not in NO_CURVE}
         self.draw(record["step"], {name: value for name, value in curves.items() if value is not None})
-        self.line.set_postfix_str(describe_step(record), refresh=False)
-        self.line.update(record["step"] - self.line.n)
+        self.line.took(record)
 
     def describe(self, message: dict[str, Any]) -> None:
         """Takes what the workers run on."""
@@ -173,8 +228,13 @@ def keep_steps(path: Path, last_step: int) -> list[dict[str, Any]]:
     return kept
 
 
-def describe_step(record: dict[str, Any]) -> str:
-    """The progress line's tail: the loss and its terms, rate and speed."""
-    labels = {"loss_global": "global", "loss_local": "local", "loss_tsl_image": "tsl", "loss_tsl_text": "txt"}
-    terms = " ".join(f"{label} {record[name]:.3f}" for name, label in labels.items() if record[name])
-    return f"loss {record['loss']:.3f} ({terms}) lr {record['lr']:.1e} {record['images_per_s']:.1f} img/s"
+def describe_step(record: dict[str, Any]) -> list[str]:
+    """The progress line's parts of a step: the loss, its terms that are not off, the speed."""
+    shown = [f"{label} {short(record[name])}" for name, label in TERMS.items() if record[name]]
+    terms = [f"{mark} {term}" for mark, term in zip((":", "", "", ""), shown, strict=False)]
+    return [f", loss {short(record['loss'])}", *terms, f", {record['images_per_s']:.1f} img/s"]
+
+
+def short(value: float) -> str:
+    """A loss in few characters: 13.16, .87."""
+    return f"{value:.2f}".lstrip("0")

@@ -1,7 +1,10 @@
 """The demo's script on real Ray, DeepSpeed and models, at a size that takes seconds; its own size is `make demo`."""
 
+import io
 import json
 import shutil
+from contextlib import redirect_stderr
+from pathlib import Path
 
 import pytest
 import yaml
@@ -31,7 +34,9 @@ def made(cluster, tiny_clip, tmp_path_factory):  # noqa: ARG001 (Ray must run)
                 "test": demo.SceneSet(60, SceneSettings(size=64, paired=True), 3),
             },
         )
-        yield {"out": out, "result": demo.run_demo(out, range(1))}
+        with redirect_stderr(io.StringIO()) as said:
+            result = demo.run_demo(out, range(1))
+        yield {"out": out, "result": result, "said": said.getvalue()}
 
 
 def test_demo_measures_start_global_and_goal_on_the_same_held_out_scenes(made):
@@ -75,6 +80,25 @@ def test_demo_writes_a_report_of_its_runs(made):
     html = (made["out"] / "seed-0" / "report.html").read_text()
     assert all(name in html for name in ("start", "global", "goal"))
     assert (made["out"] / made["result"]["seeds"][0]["gallery"]).exists()
+
+
+def test_demo_tells_which_of_its_stages_goes_on(made):
+    said = [line for line in made["said"].splitlines() if line.startswith("seed 0, stage ")]
+    assert [line.split(":")[0] for line in said] == [f"seed 0, stage {number} of 7" for number in range(1, 8)]
+    assert said[2].endswith("with LISM")
+
+
+def test_demo_prints_a_seeds_results_on_80_columns(capsys):
+    model = {
+        part: {way: {at: 100.0} for way in demo.DIRECTIONS} | {"count": 1000} for part, at in demo.MEASURES.items()
+    }
+    lism = {"right_region": 1.0, "object_recall": 1.0, "sentences": 1490}
+    models = {name: {**model, "train_seconds": 12345.0} for name in demo.MODELS}
+    places = {"report": "seed-0/report.html", "gallery": "seed-0/paired/gallery.html"}
+    demo.print_result({"seed": 0, "seconds": 480.0, "models": models, "lism": lism, **places}, Path("demo"))
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert f"global loss only  {'   100.0 / 100.0' * 3}        12345\n" in printed
 
 
 def test_spread_over_seeds_is_mean_and_sample_deviation():

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from goal_ray.demo import detector, figure, proposers
 from goal_ray.demo.accuracy import lism_accuracy
-from goal_ray.demo.proposers import main
 from goal_ray.scenes.run import SceneSettings, draw_scenes
 
 
@@ -13,8 +13,8 @@ from goal_ray.scenes.run import SceneSettings, draw_scenes
 @pytest.mark.usefixtures("cluster")
 def test_every_proposer_gets_a_row_with_its_accuracy_and_its_speed(tiny_clip, tmp_path, capsys):
     draw_scenes(tmp_path / "scenes", 3, 0, SceneSettings(size=64))
-    proposers = ["--proposer", "name=grid levels=[2]", "--proposer", "name=grid levels=[2,3]"]
-    main([str(tmp_path / "scenes"), str(tmp_path / "out"), *proposers, f"matcher.model.name={tiny_clip}"])
+    both = ["--proposer", "name=grid levels=[2]", "--proposer", "name=grid levels=[2,3]"]
+    proposers.main([str(tmp_path / "scenes"), str(tmp_path / "out"), *both, f"matcher.model.name={tiny_clip}"])
     rows = json.loads((tmp_path / "out" / "proposers.json").read_text())
     assert [row["regions_per_image"] for row in rows] == [4, 13]
     # The second grid has the cells of the first, and more.
@@ -26,3 +26,10 @@ def test_every_proposer_gets_a_row_with_its_accuracy_and_its_speed(tiny_clip, tm
     printed = capsys.readouterr().out
     assert f"{100 * rows[1]['object_recall']:.1f} %" in printed
     assert "name=grid levels=[2,3]" in printed
+
+
+@pytest.mark.parametrize("tool", [detector, figure, proposers])
+def test_a_tool_of_the_demo_says_how_it_is_called(tool, capsys):
+    with pytest.raises(SystemExit):
+        tool.main(["--help"])
+    assert capsys.readouterr().out.startswith(f"usage: python -m {tool.__name__} [-h]")

@@ -1,14 +1,19 @@
-"""Embedding a stream of samples: order, threads, memory of what was seen."""
+"""Embedding a stream of samples: order, threads, memory of what was seen, how far it is."""
 
-from pathlib import Path
+import io
+import re
+import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 from goal_ray.errors import ModelError
-from goal_ray.evaluate.embed import add_new, embed_shards, problem_of, size_bytes
+from goal_ray.evaluate.embed import add_new, embed_shards, problem_of
+from goal_ray.evaluate.progress import Progress
 from goal_ray.model import load_model
+from goal_ray.plain_lines import LINE_EVERY_S
 from goal_ray.scenes.run import SceneSettings, draw_scenes
 from goal_ray.settings import ModelConfig
 
@@ -63,8 +68,36 @@ def test_a_preprocessing_that_boxes_cannot_follow_is_refused(tiny_clip, tars):
         embed_shards(loaded, tars, batch=4, device="cpu", threads=1)
 
 
-def test_the_size_for_the_progress_bar_is_that_of_all_tars(tars):
-    assert size_bytes(tars) == sum(len(Path(tar).read_bytes()) for tar in tars)
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_the_bar_names_the_model_and_reaches_the_end(loaded, tars, tmp_path, monkeypatch, damaged):
+    for tar in tars:
+        shutil.copy(tar, tmp_path)
+    last = tmp_path / "scenes-000002.tar"
+    if damaged:
+        last.write_bytes(last.read_bytes()[:-12_000])
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    shards = [str(path) for path in sorted(tmp_path.glob("*.tar"))]
+    embed_shards(loaded, shards, batch=4, device="cpu", threads=1, title="evaluate goal")
+    *_, end = sys.stderr.getvalue().rstrip().split("\r")
+    assert end.startswith("evaluate goal: 100%|")
+    assert re.search(r", 1[1-4] samples\]$", end)
+
+
+def test_where_no_terminal_is_a_line_tells_now_and_then_how_far_it_is(capsys):
+    now = 1000.0
+    with Progress("evaluate goal", 1_000_000, lambda: now) as progress:
+        for step in range(1, 8):
+            now += LINE_EVERY_S / 3
+            progress.reached(100_000 * step, 64 * step)
+    assert capsys.readouterr().err.splitlines() == [
+        "evaluate goal: 30 %, 192 samples, 01:10 left",
+        "evaluate goal: 60 %, 384 samples, 00:40 left",
+    ]
 
 
 @pytest.mark.parametrize(

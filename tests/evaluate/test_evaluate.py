@@ -13,7 +13,7 @@ from PIL import Image
 
 from goal_ray.errors import StageError
 from goal_ray.evaluate.__main__ import main
-from goal_ray.evaluate.run import evaluate, resolve_model, result_place
+from goal_ray.evaluate.run import evaluate, print_table, resolve_model, result_place
 from goal_ray.settings import OPEN_CLIP_WEIGHTS
 from goal_ray.tar_places import index_shard
 from goal_ray.tars import stream_samples, write_tar
@@ -188,12 +188,23 @@ def test_a_runs_numbers_go_into_its_folder_and_onto_the_screen(run, scenes, caps
     place = run / "evaluation" / "scenes-000000.json"
     result = json.loads(place.read_text())
     printed = capsys.readouterr().out
-    assert "10 pairs of 10 pictures and 10 captions; 0 skipped; computed on cpu in " in printed
-    assert printed.splitlines()[1].split() == ["R@1", "R@5", "mAP", "median_rank"]
+    assert "10 pairs of 10 pictures and 10 captions; 0 skipped; on cpu in " in printed
+    assert printed.splitlines()[1].split() == ["R@1", "R@5", "mAP", "median"]
     for line, direction in zip(printed.splitlines()[2:4], DIRECTIONS, strict=True):
         assert line.startswith(direction.replace("_to_", " → "))
         assert [float(number) for number in line.split()[3:]] == [round(x, 2) for x in result[direction].values()]
     assert printed.endswith(f"written to {place}\n")
+
+
+def test_the_table_of_all_metrics_fits_80_columns(capsys):
+    found = dict.fromkeys(("R@1", "R@5", "R@25", "R@50", "mAP"), 100.0) | {"median_rank": 123456.5}
+    both = dict.fromkeys(DIRECTIONS, found)
+    counts = {"count": 5000, "pictures": 5000, "captions": 5000, "repeated": 0, "skipped": []}
+    print_table({**both, "local": both, "joint": both, **counts, "device": "cpu", "seconds": 1.0})
+    head, *table = capsys.readouterr().out.splitlines()
+    assert len(table) == 7
+    assert max(map(len, (head, *table))) <= 80
+    assert all(line.endswith("   100.00" * 5 + " 123456.5") for line in table[1:])
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,9 @@ def test_rerunning_draws_only_what_is_missing(tmp_path):
 def test_a_folder_with_scenes_of_other_settings_is_refused_with_the_difference(tmp_path, count, seed, changed):
     draw_scenes(tmp_path, 4, 1, SMALL)
     before = content(tmp_path)
-    with pytest.raises(StageError, match=r"holds scenes drawn with (count 4|seed 1|short False) \(now .*another OUT"):
+    with pytest.raises(
+        StageError, match=r"other settings .*(count 4, now 5|seed 1, now 2|short False, now True)[;)].*another OUT"
+    ):
         draw_scenes(tmp_path, count, seed, changed)
     assert content(tmp_path) == before
 

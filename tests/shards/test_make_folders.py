@@ -1,8 +1,12 @@
 """`shards make` of a folder of pictures with captions beside them."""
 
 import os
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import fsspec
+import pytest
 from shard_inputs import CAPTION, JPEG, PNG, WEBP, make, put, samples_in, skipped
 
 
@@ -122,3 +126,34 @@ def test_objects_that_mark_folders_of_an_object_store_are_no_candidates(s3, tmp_
     make(f"{s3}/in", tmp_path / "out")
     assert list(samples_in(tmp_path / "out")) == ["a", "deep/b"]
     assert skipped(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("kind", [None, "folder", "img2dataset"])
+def test_a_folder_on_a_storage_that_is_away_is_waited_for(s3, s3_server, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)  # s3fs itself would bridge the first ten seconds
+    fsspec.filesystem("s3").pipe({f"{s3}/in/00000/a.png": PNG, f"{s3}/in/00000/a.txt": b"x"})
+    if kind == "img2dataset":
+        fsspec.filesystem("s3").pipe({f"{s3}/in/00000.parquet": b""})
+    back = s3_server.fail_for(seconds=1)
+    make(f"{s3}/in", tmp_path / "out", kind=kind)
+    back.join()
+    assert list(samples_in(tmp_path / "out")) == ["a" if kind == "img2dataset" else "00000/a"]
+
+
+def test_a_folder_of_a_web_server_whose_pages_have_no_length(tmp_path):
+    put(tmp_path / "web", {"in/a.png": PNG, "in/a.txt": CAPTION, "in/deep/b.png": PNG, "in/deep/b.txt": CAPTION})
+
+    class Files(SimpleHTTPRequestHandler):
+        def send_header(self, keyword, value):
+            if keyword != "Content-Length":
+                super().send_header(keyword, value)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Files, directory=str(tmp_path / "web")))
+    Thread(target=server.serve_forever).start()
+    make(f"http://127.0.0.1:{server.server_port}/in", tmp_path / "out")
+    server.shutdown()
+    server.server_close()
+    assert list(samples_in(tmp_path / "out")) == ["a", "deep/b"]

@@ -20,7 +20,8 @@ def shards(tmp_path):
 def test_the_help_lists_the_commands(call):
     status, printed, _ = call("shards", "--help")
     assert status == 0
-    assert all(f"  {name}" in printed and text in printed for name, text in COMMANDS.items())
+    words = " ".join(printed.split())  # lines are broken for the terminal
+    assert all(f"{name} {text}" in words for name, text in COMMANDS.items())
 
 
 @pytest.mark.parametrize("command", COMMANDS)

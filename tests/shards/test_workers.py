@@ -8,7 +8,7 @@ from shard_inputs import good, write_members
 
 from goal_ray.errors import ShardError, StageError
 from goal_ray.shards.spans import sample_spans
-from goal_ray.shards.workers import map_shards, read_ahead
+from goal_ray.shards.workers import map_shards
 
 
 def die(_: str) -> None:
@@ -27,17 +27,3 @@ def test_an_error_in_a_worker_arrives_as_it_was_raised(tmp_path):
     with pytest.raises(ShardError, match=r"a\.tar: the key 'k' stands at two places") as error:
         list(map_shards(sample_spans, [str(tmp_path / "a.tar"), str(tmp_path / "b.tar")], 2, "x"))
     assert error.value.key == "k"
-
-
-@pytest.mark.parametrize("ahead", [1, 3, 100])
-def test_reading_ahead_keeps_the_order_and_takes_no_more_items_than_it_may(ahead):
-    taken = []
-
-    def items():
-        for number in range(20):
-            taken.append(number)
-            yield number
-
-    for count, result in enumerate(read_ahead(lambda number: number * 10, items(), ahead)):
-        assert result == count * 10
-        assert len(taken) <= count + ahead + 1

@@ -61,7 +61,12 @@ class Candidate:
 
 
 class Source(Protocol):
-    """A source in parts, each of which can be read without the others: files, folders, tars."""
+    """A source in parts, each of which can be read without the others.
+
+    in_folders  whether the parts are folders, not files
+    """
+
+    in_folders: bool
 
     @property
     def parts(self) -> Sequence[str]:

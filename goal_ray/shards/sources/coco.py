@@ -24,6 +24,8 @@ from goal_ray.storage import read_bytes
 class CocoSource:
     """The images of a COCO file, in its order; the key is the file name without its suffix."""
 
+    in_folders = False
+
     def __init__(self, url: str, images: str, several: Literal["join", "first"]):
         self.parts = [url]
         self._images = images

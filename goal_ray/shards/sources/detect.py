@@ -11,7 +11,7 @@ from goal_ray.shards.sources.coco import CocoSource
 from goal_ray.shards.sources.folder import PICTURE_SUFFIXES, FolderSource, list_folder
 from goal_ray.shards.sources.img2dataset import FilesSource, TarSource
 from goal_ray.shards.sources.lists import LIST_SUFFIXES, ListSource
-from goal_ray.storage import file_system, join
+from goal_ray.storage import file_system, join, kind
 
 KINDS = ("folder", "coco", "list", "img2dataset")
 _TABLE = re.compile(r"\d{5,}\.parquet")
@@ -44,26 +44,25 @@ class SourceSettings:
 def open_source(settings: SourceSettings) -> tuple[str, Source]:
     """The kind of a source and its reader. Raises StageError or ShardError where it is missing or not what it says."""
     place = settings.place
-    kind = settings.kind or tell_kind(place)
-    if kind == "coco":
-        return kind, CocoSource(place, settings.images or place.rpartition("/")[0] or ".", settings.captions)
-    if kind == "list":
+    told = settings.kind or tell_kind(place)
+    if told == "coco":
+        return told, CocoSource(place, settings.images or place.rpartition("/")[0] or ".", settings.captions)
+    if told == "list":
         columns = (settings.picture_column, settings.caption_column, settings.key_column)
         lists = expand_files(place, LIST_SUFFIXES)
         unknown = [url for url in lists if not url.lower().endswith(LIST_SUFFIXES)]
         if unknown:
             raise StageError(f"{unknown[0]}: not a list; a list's name ends in {', '.join(LIST_SUFFIXES)}")
-        return kind, ListSource(lists, settings.images, columns, settings.captions, settings.quotes)
-    fs, path = file_system(place)
-    if kind == "img2dataset":
-        files, folders = list_folder(fs, path) if fs.isdir(path) else ([], [])
+        return told, ListSource(lists, settings.images, columns, settings.captions, settings.quotes)
+    if told == "img2dataset":
+        files, folders = list_folder(*file_system(place)) if kind(place) == "directory" else ([], [])
         if any(f"{name}.parquet" in files for name in folders):
-            return kind, FilesSource([join(place, name) for name in folders])
+            return told, FilesSource([join(place, name) for name in folders])
         without_tar = [name for name in files if _TABLE.fullmatch(name) and f"{name[:-8]}.tar" not in files]
-        return kind, TarSource(sorted([*expand_shards(place), *(join(place, name) for name in without_tar)]))
-    if not fs.isdir(path):
+        return told, TarSource(sorted([*expand_shards(place), *(join(place, name) for name in without_tar)]))
+    if kind(place) != "directory":
         raise StageError(f"{place}: no such folder")
-    return kind, FolderSource(place)
+    return told, FolderSource(place)
 
 
 def tell_kind(place: str) -> str:
@@ -75,10 +74,9 @@ def tell_kind(place: str) -> str:
         return "coco"
     if name.endswith(".tar"):
         return "img2dataset"
-    fs, path = file_system(place)
-    if not fs.isdir(path):
+    if kind(place) != "directory":
         raise StageError(f"{place}: no folder, and not named as a list, a COCO file or a tar; or say --from")
-    files, folders = list_folder(fs, path)
+    files, folders = list_folder(*file_system(place))
     files = [name.lower() for name in files]
     if any(name.endswith(".tar") for name in files):
         return "img2dataset"

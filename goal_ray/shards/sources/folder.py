@@ -12,13 +12,15 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from goal_ray.shards.sources.candidate import Candidate, Found, Unusable, read_file, stem_and_suffix, tar_key
-from goal_ray.storage import file_system
+from goal_ray.storage import file_system, patiently
 
 PICTURE_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "heic", "heif", "avif")
 
 
 class FolderSource:
     """All pictures under a folder; the key is the path inside it."""
+
+    in_folders = True
 
     def __init__(self, folder: str):
         self.parts = [folder]
@@ -51,7 +53,7 @@ def list_folder(fs: AbstractFileSystem, path: str) -> tuple[list[str], list[str]
     """The names of the visible files in a folder, and of the folders in it, links to folders too; sorted."""
     files: list[str] = []
     folders: list[str] = []
-    for entry in fs.ls(path, detail=True):
+    for entry in patiently(partial(fs.ls, path, detail=True), fs.unstrip_protocol(path)):
         whole = entry["name"].rstrip("/")
         name = whole.rsplit("/", 1)[-1]
         if not name or name.startswith("."):
@@ -59,6 +61,7 @@ def list_folder(fs: AbstractFileSystem, path: str) -> tuple[list[str], list[str]
         # An empty object that marks a folder of an object store, as its web console makes one.
         if entry["type"] == "file" and (entry["name"] != whole or whole == path.rstrip("/")):
             continue
+        # A link leads to a folder or not; where that cannot be told it is a file, which reading finds out.
         is_folder = entry["type"] == "directory" or (entry["type"] != "file" and fs.isdir(entry["name"]))
         (folders if is_folder else files).append(name)
     return sorted(files), sorted(folders)

@@ -23,6 +23,8 @@ class TarSource:
     urls  tars, and tables whose tar is missing
     """
 
+    in_folders = False
+
     def __init__(self, urls: list[str]):
         self.parts = urls
 
@@ -45,6 +47,8 @@ class TarSource:
 
 class FilesSource:
     """Folders of files, as `files` output is; the base name is the key."""
+
+    in_folders = True
 
     def __init__(self, folders: list[str]):
         self.parts = folders

@@ -52,6 +52,8 @@ class ListSource:
     quotes   whether quotation marks enclose fields of CSV and TSV
     """
 
+    in_folders = False
+
     def __init__(
         self,
         urls: Sequence[str],
