@@ -12,11 +12,10 @@ import pyarrow
 import torch
 from PIL import Image
 
-from goal_ray.errors import ShardError
 from goal_ray.geometry import PixelGeometry, View, outer_box
 from goal_ray.images import open_picture
-from goal_ray.pairs import PairRecord, best_pairs
-from goal_ray.tars import PAIRS_EXTENSION, Sample
+from goal_ray.pairs import best_pairs, read_pairs
+from goal_ray.tars import Sample
 from goal_ray.text import CaptionEncoder, pad_batch
 
 # Decoded pixels per pixel of a square, along either axis, that a smaller decoding must leave. At 1.5 the squares of
@@ -65,7 +64,7 @@ class ExampleBuilder:
         """
         picture = open_picture(sample.image_bytes())
         caption = sample.caption()
-        boxes_px, spans = self._pairs(sample, caption, picture.size, where)
+        boxes_px, spans = self._pairs(sample, picture.size, where)
         whole = self.geometry.view(picture.size, zlib.crc32(sample.key.encode(errors="surrogateescape"), seed))
         crops = [self._crop_view(box, picture.size) for box in boxes_px.tolist()]
         decoded = picture.decode(decode_factor([whole, *crops]))
@@ -88,19 +87,11 @@ class ExampleBuilder:
         x0, y0, x1, y1 = outer_box(box_px, size)
         return self.crop_geometry.view((x1 - x0, y1 - y0)).moved(x0, y0)
 
-    def _pairs(
-        self, sample: Sample, caption: str, size: tuple[int, int], where: str
-    ) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    def _pairs(self, sample: Sample, size: tuple[int, int], where: str) -> tuple[np.ndarray, list[tuple[int, int]]]:
         """Boxes (P, 4) in pixels and sentences in characters of the best pairs."""
         if not self.pairs:
             return np.empty((0, 4), np.float32), []
-        if PAIRS_EXTENSION not in sample.members:
-            raise ShardError(
-                f"{where}: sample {sample.key!r} has no .{PAIRS_EXTENSION}; run `goal-ray lism` on these shards first, "
-                "or set the local and TSL weights to 0"
-            )
-        record = PairRecord.from_bytes(sample.members[PAIRS_EXTENSION], caption, f"{where}: {sample.key}")
-        record.check_size(size, f"{where}: sample {sample.key!r}")
+        record = read_pairs(sample, where, size, ", or set the local and TSL weights to 0")
         pairs = best_pairs(record, self.pairs)
         boxes_px = np.array([record.regions[pair.region].box for pair in pairs], np.float32).reshape(-1, 4)
         return boxes_px, [record.sentences[pair.sentence] for pair in pairs]

@@ -46,6 +46,6 @@ def pack(arrays: dict[str, np.ndarray]) -> bytes:
     return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
 
 
-def unpack(data: bytes, device: str | torch.device = "cpu") -> GoalBatch:
-    """The batch of `pack`, on a device."""
-    return GoalBatch(**{name: torch.from_numpy(array).to(device) for name, array in load(data).items()})
+def unpack(data: bytes) -> GoalBatch:
+    """The batch of `pack`, on the CPU."""
+    return GoalBatch(**{name: torch.from_numpy(array) for name, array in load(data).items()})

@@ -24,6 +24,7 @@ import pydantic_core
 from pydantic import TypeAdapter, ValidationError
 
 from goal_ray.errors import ShardError
+from goal_ray.tars import PAIRS_EXTENSION, Sample
 
 VERSION = 1
 _REMEDY = "run `goal-ray lism` again on this shard"
@@ -100,6 +101,24 @@ class PairRecord:
         """Raises ShardError where the sample's picture has another size (W, H) than the record's boxes are for."""
         if self.size != size:
             raise ShardError(f"{where}: pairs are for {self.size} pixels, the picture has {size}; {_REMEDY}")
+
+
+def read_pairs(sample: Sample, shard: str, size: tuple[int, int] | None = None, otherwise: str = "") -> PairRecord:
+    """The record of a sample, checked against its caption and, where it is known, its picture's size (W, H).
+
+    otherwise  what else helps where there is none: ", or …"
+
+    Raises ShardError, naming shard and sample, where there is none or it breaks the contract.
+    """
+    where = f"{shard}: sample {sample.key!r}"
+    if PAIRS_EXTENSION not in sample.members:
+        raise ShardError(
+            f"{where} has no .{PAIRS_EXTENSION}; run `goal-ray lism` on these shards{otherwise}", sample.key
+        )
+    record = PairRecord.from_bytes(sample.members[PAIRS_EXTENSION], sample.caption(), where)
+    if size is not None:
+        record.check_size(size, where)
+    return record
 
 
 _ADAPTER = TypeAdapter(PairRecord)

@@ -12,11 +12,11 @@ from goal_ray.errors import ModelError
 
 
 @torch.no_grad()
-def ranks(query_NE: Tensor, target_NE: Tensor, chunk: int = 1024, target_index: Tensor | None = None) -> Tensor:
+def ranks(query_NE: Tensor, target_NE: Tensor, chunk: int | None = None, target_index: Tensor | None = None) -> Tensor:
     """Rank (1 = best) of every query's right target among all targets by cosine similarity, int64 (queries,).
 
     query_NE, target_NE  embeddings of any float dtype on one device; rows need not be normalised
-    chunk                queries compared at a time; memory is chunk × targets floats
+    chunk                queries compared at a time; memory is chunk × targets floats, by default at most 1 GiB
     target_index         int64 (queries,), the right target's row for each query (several captions of one picture);
                          default: row i belongs to row i
 
@@ -38,6 +38,7 @@ def ranks(query_NE: Tensor, target_NE: Tensor, chunk: int = 1024, target_index: 
         raise ValueError(f"target_index must lie in 0..{len(target_NE) - 1}")
     query_NE, target_NE = unit_rows(query_NE, "query"), unit_rows(target_NE, "target")
 
+    chunk = chunk or max(1, min(1024, 2**28 // max(1, len(target_NE))))
     # The rounding error of a dot product of unit vectors grows like √E on average.
     rounding = torch.finfo(torch.float32).eps * math.sqrt(query_NE.shape[1])
     found = [target_index.new_zeros(0, dtype=torch.int64)]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import ResidualAttentionBlock
+from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
 
 from goal_ray.model import image_tower, text_tower
@@ -38,6 +38,14 @@ class FusedAttention(nn.MultiheadAttention):
         return self.out_proj(mixed.transpose(1, 2).reshape(batch, length, width)), None
 
 
+class SiluGELU(nn.Module):
+    """QuickGELU, x · sigmoid(1.702 x), by the one operator whose backward pass keeps its input and nothing else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns what QuickGELU does, to rounding."""
+        return F.silu(1.702 * x) / 1.702
+
+
 def prepare_step(clip: nn.Module, config: StepConfig) -> None:
     """Sets a CLIP up to compute as configured, in place; its parameters keep their names and values."""
     visual, text = image_tower(clip), text_tower(clip)
@@ -49,6 +57,8 @@ def prepare_step(clip: nn.Module, config: StepConfig) -> None:
             if config.sdpa and is_plain(block):
                 block.attn.__class__ = FusedAttention
                 block.attn.causal = mask is not None and is_causal(mask)
+            if isinstance(getattr(block.mlp, "gelu", None), QuickGELU):
+                block.mlp.gelu = SiluGELU()
             if config.compile:
                 block.compile()
     if config.channels_last:

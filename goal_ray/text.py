@@ -73,9 +73,9 @@ class CaptionEncoder:
         return EncodedCaption(text.ids_l, spans_tokens.astype(np.int32))
 
 
-def pad_batch(ids: Sequence[np.ndarray], pad_id: int = 0, length: int = 0) -> np.ndarray:
+def pad_batch(ids: Sequence[np.ndarray], length: int = 0) -> np.ndarray:
     """Stacks B rows of ids into (B, L) int64, L the length of the longest, or `length` where that is more."""
-    batch_BL = np.full((len(ids), max([length, *map(len, ids)])), pad_id, np.int64)
+    batch_BL = np.zeros((len(ids), max([length, *map(len, ids)])), np.int64)
     for row, ids_l in zip(batch_BL, ids, strict=True):
         row[: len(ids_l)] = ids_l
     return batch_BL

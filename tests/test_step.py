@@ -5,13 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 from goal_batches import MEAN, STD, gradients, load, random_batch
+from open_clip.transformer import QuickGELU
 from torch import nn
 from torch._dynamo.utils import counters
 
 from goal_ray.losses import GoalModel
 from goal_ray.model import encode_image, encode_text
 from goal_ray.settings import LossConfig, StepConfig
-from goal_ray.step import RECOMPILE_LIMIT, FusedAttention, prepare_step
+from goal_ray.step import RECOMPILE_LIMIT, FusedAttention, SiluGELU, prepare_step
 
 PLAIN = StepConfig(sdpa=False)
 
@@ -37,6 +38,25 @@ def test_a_switch_changes_terms_and_gradients_by_rounding_alone(tiny_clip, switc
     for name, gradient in expected.items():
         scale = gradient.abs().max().clamp(min=1e-3)
         assert ((found[name] - gradient).abs().max() / scale) < 1e-5, name
+
+
+def test_quick_gelu_gives_the_same_and_keeps_one_tensor(tiny_clip):
+    clip = load(tiny_clip).clip
+    for tower in (clip.visual, clip):
+        tower.transformer.resblocks[0].mlp.gelu = QuickGELU()
+    prepare_step(clip, PLAIN)
+    assert isinstance(clip.visual.transformer.resblocks[0].mlp.gelu, SiluGELU)
+    assert isinstance(clip.transformer.resblocks[0].mlp.gelu, SiluGELU)
+    kept, results = [], []
+    for module in (QuickGELU(), SiluGELU()):
+        x = torch.linspace(-60, 60, 1001, dtype=torch.float64, requires_grad=True)
+        saved = set()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.add(t.data_ptr()) or t, lambda t: t):
+            y = module(x)
+        results.append((y, *torch.autograd.grad(y.sum(), x)))
+        kept.append(len(saved))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+    assert kept == [2, 1]
 
 
 def test_compiled_towers_stay_compiled_through_training_and_evaluation(tiny_clip, monkeypatch):

@@ -292,9 +292,9 @@ def test_a_tokenizer_that_hides_where_tokens_come_from_is_refused():
 
 
 def test_a_batch_is_cut_to_its_longest_row():
-    batch = pad_batch([np.array([5, 6, 7], np.int32), np.array([8], np.int32)], pad_id=1)
+    batch = pad_batch([np.array([5, 6, 7], np.int32), np.array([8], np.int32)])
     assert batch.dtype == np.int64
-    assert batch.tolist() == [[5, 6, 7], [8, 1, 1]]
+    assert batch.tolist() == [[5, 6, 7], [8, 0, 0]]
     assert pad_batch([]).shape == (0, 0)
 
 

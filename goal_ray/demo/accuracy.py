@@ -2,16 +2,16 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torchvision.ops import box_iou
 
 from goal_ray.errors import ShardError, StageError
-from goal_ray.pairs import PairRecord, best_pairs
+from goal_ray.pairs import best_pairs, read_pairs
 from goal_ray.shard_urls import expand_shards
-from goal_ray.tars import PAIRS_EXTENSION, Sample, stream_samples
+from goal_ray.tars import Sample, stream_samples
 
 HIT_IOU = 0.5
 TRUTH_EXTENSION = "json"
@@ -34,10 +34,6 @@ class LismAccuracy:
     right_region: float
     right_pair: float
     object_recall: float
-
-    def as_dict(self) -> dict[str, float]:
-        """Plain values for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ def lism_accuracy(paired: str) -> LismAccuracy:
     for url in expand_shards(paired):
         for sample in stream_samples(url):
             where = f"{url}: sample {sample.key!r}"
-            truth, record = read_truth(sample, where), read_pairs(sample, where)
+            truth, record = read_truth(sample, where), read_pairs(sample, url)
             boxes = [region.box for region in record.regions]
             best = best_pairs(record, len(record.sentences))
             matched = {record.sentences[pair.sentence]: boxes[pair.region] for pair in best}
@@ -93,13 +89,6 @@ def read_truth(sample: Sample, where: str) -> Truth:
             sample.key,
         ) from None
     return Truth(objects, boxes, {span for span, number in spans.items() if number is not None})
-
-
-def read_pairs(sample: Sample, where: str) -> PairRecord:
-    """What LISM found. Raises ShardError for a sample without it."""
-    if PAIRS_EXTENSION not in sample.members:
-        raise ShardError(f"{where} has no .{PAIRS_EXTENSION}; run `goal-ray lism` on these shards", sample.key)
-    return PairRecord.from_bytes(sample.members[PAIRS_EXTENSION], sample.caption(), where)
 
 
 def hit(box: Box, target: Box) -> bool:

@@ -5,7 +5,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ def run_seed(folder: Path, seed: int) -> dict[str, Any]:
             }
             for name, run in runs.items()
         },
-        "lism": lism_accuracy(paired).as_dict(),
+        "lism": asdict(lism_accuracy(paired)),
         "report": f"{folder.name}/report.html",
         "gallery": f"{folder.name}/paired/{GALLERY_FILE}",
     }

@@ -19,10 +19,10 @@ from goal_ray.evaluate.progress import Progress
 from goal_ray.geometry import PixelGeometry, outer_box
 from goal_ray.images import decode_image
 from goal_ray.model import LoadedModel, encode_image, encode_text
-from goal_ray.pairs import PairRecord, best_pairs
+from goal_ray.pairs import best_pairs, read_pairs
 from goal_ray.settings import ResizeConfig
 from goal_ray.storage import sizes_bytes
-from goal_ray.tars import PAIRS_EXTENSION, Sample, stream_samples
+from goal_ray.tars import Sample, stream_samples
 from goal_ray.text import CaptionEncoder, pad_batch
 
 
@@ -159,10 +159,7 @@ def preparation(loaded: LoadedModel, pairs: int) -> Callable[[Sample, str], list
         views = [view(image, name, caption)]
         if pairs == 0:
             return views
-        if PAIRS_EXTENSION not in sample.members:
-            raise ShardError(f"no {PAIRS_EXTENSION}; run `goal-ray lism` on the shards, or leave out --pairs")
-        record = PairRecord.from_bytes(sample.members[PAIRS_EXTENSION], caption, f"{where}: {sample.key!r}")
-        record.check_size(image.size, f"{where}: sample {sample.key!r}")
+        record = read_pairs(sample, where, image.size, ", or leave out --pairs")
         for pair in best_pairs(record, pairs):
             cut = outer_box(record.regions[pair.region].box, image.size)
             start, end = record.sentences[pair.sentence]
@@ -201,7 +198,8 @@ def read_samples(shards: Sequence[str], sizes: Mapping[str, int], skipped: list[
 
 def describe_skip(record: dict[str, str]) -> str:
     """A record of a bad sample as one line."""
-    return record["reason"] if not record["key"] else f"{record['shard']}: {record['key']!r}: {record['reason']}"
+    told = not record["key"] or record["reason"].startswith(record["shard"])
+    return record["reason"] if told else f"{record['shard']}: {record['key']!r}: {record['reason']}"
 
 
 def most_frequent(skipped: list[dict[str, str]]) -> str:

@@ -35,6 +35,7 @@ def evaluate(
     out: str | None = None,
     max_bad_share: float = 0.01,
     pairs: int = 0,
+    threads: int | None = None,
 ) -> dict[str, Any]:
     """Retrieval metrics of a model on shards, also written as JSON (see `result_place`).
 
@@ -44,6 +45,8 @@ def evaluate(
     batch       samples per forward pass; the metrics do not depend on it
     pairs       also measures so many pairs of every sample, the best by its KEY.pairs.json: `local`, sentences among
                 all these regions and back, and `joint`, where captions and sentences search pictures and regions alike
+
+    threads     that decode pictures (default: one for each core)
 
     Beside the metrics the result has `pictures` and `captions`, how many of each are different; `repeated`, samples
     that say what an earlier one said, and are left out; and `skipped`, the bad ones. Raises StageError when more than
@@ -64,7 +67,9 @@ def evaluate(
         claim_place(place)
     refuse_damaged(Path(name))
     title = f"evaluate {Path(checkpoint).absolute().name}"
-    found = embed_shards(load_model(ModelConfig(name, weights)), urls, batch, device, usable_cores(), pairs, title)
+    found = embed_shards(
+        load_model(ModelConfig(name, weights)), urls, batch, device, threads or usable_cores(), pairs, title
+    )
     total = found.samples + len(found.skipped)
     if len(found.skipped) > max_bad_share * total:
         raise StageError(
@@ -73,10 +78,14 @@ def evaluate(
         )
     if pairs and len(found.local_P2) == 0:
         raise StageError(f"{shards}: no sample has a pair of sentence and region; leave out --pairs")
-    image_IE, text_TE = found.image_IE.to(device), found.text_TE.to(device)
+    image_IE, text_TE = found.image_IE, found.text_TE
 
     def measure(*pairs_P2: torch.Tensor) -> dict[str, Any]:
-        return retrieval_metrics(image_IE, text_TE, pairs_P2=torch.cat(pairs_P2).unique(dim=0).to(device))
+        found_P2 = torch.cat(pairs_P2).unique(dim=0)
+        try:
+            return retrieval_metrics(image_IE.to(device), text_TE.to(device), pairs_P2=found_P2.to(device))
+        except torch.OutOfMemoryError:  # what the model's passes took hours for is not lost
+            return retrieval_metrics(image_IE, text_TE, pairs_P2=found_P2)
 
     result = {
         "model": name,

@@ -8,6 +8,10 @@ from goal_ray.errors import StageError
 from goal_ray.lism.groups import describe
 from goal_ray.lism.time_limit import run_within
 
+# What a process takes beside its tensors, and torch's limit does not count: context, kernels, libraries' handles.
+CONTEXT_BYTES = 1.5 * 2**30
+# cuBLAS and the driver report a full GPU by errors that have no type of their own.
+FULL = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
 MORE_MEMORY = (
     "raise gpus_per_actor, so that fewer actors share a GPU; or, for a new output folder, lower matcher.batch, "
     "proposer.images_per_batch and proposer.points_per_batch, or set precision to bf16"
@@ -16,24 +20,27 @@ MORE_MEMORY = (
 
 def limit_memory(device: str, share: float) -> None:
     """Keeps this process's tensors within its share of the device, so that no actor takes its neighbour's part."""
-    if device.startswith("cuda"):
+    if device.startswith("cuda") and share < 1:
         import torch
 
-        torch.cuda.set_per_process_memory_fraction(share)
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(max(share / 2, share - CONTEXT_BYTES / total))
 
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether a GPU has too little memory left for what was tried."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError)
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in FULL)
+    )
 
 
 def is_gpu_error(error: Exception) -> bool:
     """Whether it is the GPU that failed, or is full: on another one, or later, the same may succeed."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError)
+    return is_out_of_memory(error) or isinstance(error, torch.AcceleratorError)
 
 
 def explained(error: Exception) -> StageError:

@@ -30,7 +30,7 @@ class MatchTask:
 
 
 class Matcher:
-    """Compares sentences with the crops under candidate boxes, and picks pairs (METHOD, step 1.4).
+    """Compares sentences with the crops under candidate boxes, and picks pairs. Source: GOAL (arXiv 2503.17782).
 
     Each picture goes to the device once; its crops are cut and resized there.
     """
@@ -38,6 +38,7 @@ class Matcher:
     def __init__(self, config: MatcherConfig, device: str):
         loaded = load_model(config.model)
         self.config = config
+        self.batch = config.batch
         self.clip = loaded.clip.eval().to(device)
         self.device = torch.device(device)
         self.encoder = CaptionEncoder(loaded.tokenizer)
@@ -64,6 +65,11 @@ class Matcher:
             for task, mine_RE in zip(tasks, regions, strict=True)
         ]
 
+    def lessen(self) -> bool:
+        """Takes half as many crops or sentences a pass from now on; False where it is one already."""
+        self.batch, before = max(1, self.batch // 2), self.batch
+        return self.batch < before
+
     def _crops(self, tasks: Sequence[MatchTask]) -> Iterator[torch.Tensor]:
         """The crops of all tasks as the model's squares, (3, S, S) uint8, on the device."""
         for task in tasks:
@@ -78,7 +84,7 @@ class Matcher:
         """Embeddings of unit length in fp32, `batch` inputs a pass."""
         source, chunks = iter(inputs), []
         with autocast(self.device, self.config.precision):
-            while some := list(islice(source, self.config.batch)):
+            while some := list(islice(source, self.batch)):
                 chunks.append(F.normalize(embed(some).float(), dim=-1))
         return torch.cat(chunks)
 

@@ -1,5 +1,6 @@
 """What actors do with groups: propose regions, match sentences; and finding the sample that breaks them."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -96,6 +97,7 @@ class StageWorker:
     def apply_to(self, items: list[Item]) -> list[Item]:
         """The stage's work on items; where it fails, on fewer of them, down to the one to leave out.
 
+        Where the GPU is full the stage takes less at once from now on, if it can.
         This is the one place that catches everything: a sample that breaks a model must not break the run. Nor must
         one too large for the GPU's memory: an error of the run would come back each time that it is tried again, while
         the quarantine says what to change, and `--retry-quarantined` does it then.
@@ -104,9 +106,13 @@ class StageWorker:
             return run_within(self.limit_s * len(items), partial(self.work, items))
         except Exception as error:
             problem = gpu.explained(error)
-            fewer = (len(items) + 1) // 2 if gpu.is_out_of_memory(error) else 1
+            full = gpu.is_out_of_memory(error)
         # Out here, since the error's traceback holds all tensors of the failed attempt.
         gpu.recover(self.limit_s)
+        if full and getattr(self.work, "lessen", lambda: False)():  # a stage may be a plain function
+            print(f"{self.stage}: out of GPU memory, with less at once from now on", file=sys.stderr, flush=True)
+            return self.apply_to(items)
+        fewer = (len(items) + 1) // 2 if full else 1
         if len(items) == 1:
             return [items[0].failed(self.stage, problem)]
         parts = (items[start : start + fewer] for start in range(0, len(items), fewer))
@@ -123,6 +129,10 @@ class ProposeRegions:
         gpu.limit_memory(device, config.gpus_per_actor)
         self.limits = config.min_area, config.max_area
         self.proposer = build_proposer(config.proposer, device)
+
+    def lessen(self) -> bool:
+        """Has the model take less at once from now on; False where it cannot."""
+        return self.proposer.lessen()
 
     def __call__(self, items: list[Item]) -> list[Item]:
         pictures = [item.picture_HW3 for item in items if item.picture_HW3 is not None]
@@ -143,6 +153,10 @@ class MatchSentences:
         gpu.limit_memory(device, config.gpus_per_actor)
         self.provenance = provenance
         self.matcher = Matcher(config.matcher, device)
+
+    def lessen(self) -> bool:
+        """Has the model take less at once from now on; False where it cannot."""
+        return self.matcher.lessen()
 
     def __call__(self, items: list[Item]) -> list[Item]:
         matched = zip(items, self.matcher.match([as_task(item) for item in items]), strict=True)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from goal_ray.errors import ShardError
 from goal_ray.images import decode_image, shrink
 from goal_ray.pages.colours import colour
-from goal_ray.pairs import PairRecord, best_pairs
-from goal_ray.tars import PAIRS_EXTENSION, Sample
+from goal_ray.pairs import best_pairs, read_pairs
+from goal_ray.tars import Sample
 
 MAX_SIDE_PX = 560
 VIEW_SIDE = 1000.0
@@ -63,8 +63,7 @@ def draw_picture(sample: Sample, shard: str, only: tuple[int, int] | None = None
     Raises GoalRayError for a sample that breaks the contract, or lacks the pair.
     """
     image, caption, where = decode_image(sample.image_bytes()), sample.caption(), f"{shard}: {sample.key}"
-    record = PairRecord.from_bytes(sample.members[PAIRS_EXTENSION], caption, where)
-    record.check_size(image.size, where)
+    record = read_pairs(sample, shard, image.size)
     pairs = best_pairs(record, len(record.sentences))
     if only is not None:
         pairs = [pair for pair in record.pairs if (pair.sentence, pair.region) == only]

@@ -14,14 +14,14 @@ from scipy import ndimage  # type: ignore[import-untyped]
 
 from goal_ray.images import shrink
 from goal_ray.regions.config import FelzenszwalbConfig
-from goal_ray.regions.protocol import Regions, all_from
+from goal_ray.regions.protocol import RegionProposer, Regions, all_from
 
 BINS = 8  # of the histogram, per channel
 
 Box = tuple[int, int, int, int]
 
 
-class FelzenszwalbProposer:
+class FelzenszwalbProposer(RegionProposer):
     """Superpixels and their merges. Scores are 1 - the similarity of colour to the most similar neighbour."""
 
     def __init__(self, config: FelzenszwalbConfig):

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from goal_ray.regions.config import GridConfig
-from goal_ray.regions.protocol import Regions, all_from
+from goal_ray.regions.protocol import RegionProposer, Regions, all_from
 
 
-class GridProposer:
+class GridProposer(RegionProposer):
     """Gives every image the same division, scaled to its size."""
 
     def __init__(self, config: GridConfig):

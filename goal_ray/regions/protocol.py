@@ -35,6 +35,10 @@ class RegionProposer(Protocol):
         """The regions of each image, (H, W, 3) uint8 RGB; sizes may differ."""
         ...
 
+    def lessen(self) -> bool:
+        """Takes less of the device's memory at once from now on; False where it cannot."""
+        return False
+
 
 def usable(
     regions: Regions, size: tuple[int, int], min_area: float = 0.01, max_area: float = 0.80, max_iou: float = 0.95

@@ -71,6 +71,7 @@ class SamProposer:
         self.sam = sam
         self.config = config
         self.dtype = dtype(config.precision)
+        self.images_per_batch = config.images_per_batch
         self.points_per_batch = config.points_per_batch or (16 if sam.device.type == "cpu" else 64)
         sam.image_encoder.to(self.dtype, memory_format=torch.channels_last)
         sam.mask_decoder.to(self.dtype).iou_prediction_head.float()
@@ -92,10 +93,20 @@ class SamProposer:
                 layers[view.layer].append(view)
         found: dict[int, list[Found]] = defaultdict(list)
         for views in layers.values():
-            for start in range(0, len(views), self.config.images_per_batch):
-                for each in self.segment(views[start : start + self.config.images_per_batch]):
+            for start in range(0, len(views), self.images_per_batch):
+                for each in self.segment(views[start : start + self.images_per_batch]):
                     found[each.view.image].append(each)
         return [self.merge(found[number]) for number in range(len(images))]
+
+    def lessen(self) -> bool:
+        """Takes half as many pictures a pass from now on, or half as many points; False where it is one of each."""
+        if self.images_per_batch > 1:
+            self.images_per_batch //= 2
+        elif self.points_per_batch > 1:
+            self.points_per_batch //= 2
+        else:
+            return False
+        return True
 
     def views(self, number: int, image_HW3: np.ndarray) -> Iterator[View]:
         """The image and its crops."""

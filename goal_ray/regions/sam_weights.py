@@ -87,7 +87,19 @@ def empty_vit(shapes: Mapping[str, tuple[int, ...]]) -> Any:
         out_chans=shapes["image_encoder.neck.0.weight"][0],
     )
     encoder.patch_px = patch_px
+    for number in (1, 3):
+        in_float32(encoder.neck[number])
     return encoder
+
+
+def in_float32(norm: nn.Module) -> nn.Module:
+    """A LayerNorm2d of segment-anything that computes in float32, whatever its weights and inputs are in.
+
+    It squares, and in fp16 the squares of the encoders' last features come near to the largest number.
+    """
+    norm.register_forward_pre_hook(lambda _, given: (given[0].float(),))
+    norm.register_forward_hook(lambda norm, _, result: result.to(norm.weight.dtype))
+    return norm
 
 
 class MobileEncoder(nn.Module):
@@ -109,9 +121,9 @@ class MobileEncoder(nn.Module):
         self.body = body
         self.neck = nn.Sequential(
             nn.Conv2d(320, 256, 1, bias=False),
-            LayerNorm2d(256),
+            in_float32(LayerNorm2d(256)),
             nn.Conv2d(256, 256, 3, padding=1, bias=False),
-            LayerNorm2d(256),
+            in_float32(LayerNorm2d(256)),
         )
 
     def forward(self, pixels_I3SS: Tensor) -> Tensor:

@@ -128,7 +128,9 @@ def evaluate_checkpoint(folder: str, config: EvaluationConfig) -> dict[str, Any]
     """As `goal_ray.evaluate.run.evaluate`, which only the process that evaluates needs to import."""
     from goal_ray.evaluate.run import evaluate
 
-    return evaluate(folder, str(config.shards), device="cuda" if config.gpus else "cpu", pairs=config.pairs)
+    device = "cuda" if config.gpus else "cpu"
+    # No more threads than it reserved: the training's ingest runs on the same cores.
+    return evaluate(folder, str(config.shards), device=device, pairs=config.pairs, threads=config.cpus)
 
 
 def flatten(result: dict[str, Any]) -> dict[str, float]:

@@ -65,7 +65,8 @@ class Feed:
         # A group of its own: the step's collectives run in another thread, in another order.
         self.group: Any = dist.new_group(backend="gloo") if world_size() > 1 else None
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.ready: Queue[MicroBatch | BaseException | None] = Queue(AHEAD)
+        # Chunks make a micro-batch larger than the memory that a step has for it: one that waits is enough.
+        self.ready: Queue[MicroBatch | BaseException | None] = Queue(AHEAD if chunks == 1 else 1)
         self.closed = threading.Event()
         threading.Thread(target=self._run, name="feed", daemon=True).start()
 
@@ -87,6 +88,9 @@ class Feed:
 
     def _run(self) -> None:
         try:
+            if self.stream is not None:
+                # A thread begins on device 0, where every worker of a node would leave a context of half a gigabyte.
+                torch.cuda.set_device(self.device)
             ending = False
             for number, packed in enumerate(self.packed):
                 micro_batch, stop = self._prepare(packed)

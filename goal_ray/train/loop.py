@@ -94,6 +94,8 @@ def run_steps(job: Job, rank: int, ranks: int, device: torch.device) -> None:
     reader = BatchReader(job.urls, order, rank, ranks, config.accumulate, builder, job.indexes, multiple)
     packed = read_batches(job, reader, first_step * config.accumulate, total_steps * config.accumulate)
     writer = CheckpointWriter(job.run_dir, lambda step: job.send({"saved": step}))
+    # torch lets convolutions use TF32 by default, and matrix products not: fp32 is to mean one thing.
+    torch.backends.cudnn.allow_tf32 = False
     # The feed starts to read while the engine is built.
     with closing(Feed(packed, config.chunks(ranks), config.accumulate, device, job.stopping, multiple)) as feed:
         prepare_step(loaded.clip, config.step)

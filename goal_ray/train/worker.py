@@ -50,7 +50,7 @@ def worker_entry(job_fields: dict[str, Any], mailbox: Any, use_gpu: bool) -> Non
     wish, done = threading.Event(), threading.Event()
     if rank == 0:
         threading.Thread(target=watch, args=(mailbox, wish, done), name="watch", daemon=True).start()
-    send({"node": ray.get_runtime_context().get_node_id(), "pid": os.getpid(), "rank": rank})
+    send({"node": ray.get_runtime_context().get_node_id()})
     try:
         job = Job(**job_fields, send=send, stopping=wish.is_set)
         train_worker(job, rank, context.get_world_size(), device)

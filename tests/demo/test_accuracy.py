@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import asdict
 
 import pytest
 from PIL import Image
@@ -50,7 +51,7 @@ def accuracy(tmp_path, *records: bytes, **truths) -> LismAccuracy:
 
 def test_pairs_on_their_objects_are_all_right(tmp_path):
     found = accuracy(tmp_path, record([(0, 1, 0.5), (1, 2, 0.6), (2, 0, 0.2)]))
-    assert found.as_dict() == {"sentences": 2, "right_region": 1, "right_pair": 1, "object_recall": 1}
+    assert asdict(found) == {"sentences": 2, "right_region": 1, "right_pair": 1, "object_recall": 1}
 
 
 def test_shares_are_of_all_sentences_pictures_and_objects(tmp_path):

@@ -14,6 +14,7 @@ from PIL import Image
 from goal_ray.errors import StageError
 from goal_ray.evaluate.__main__ import main
 from goal_ray.evaluate.run import evaluate, print_table, resolve_model, result_place
+from goal_ray.retrieval import retrieval_metrics
 from goal_ray.settings import OPEN_CLIP_WEIGHTS
 from goal_ray.tar_places import index_shard
 from goal_ray.tars import stream_samples, write_tar
@@ -254,3 +255,17 @@ def test_the_first_skipped_samples_are_shown_on_stderr(model, damaged, capsys):
 def test_an_architecture_takes_weights_from_a_file(tiny_clip, model, scenes):
     result = evaluate(tiny_clip, str(scenes), weights=str(Path(model) / OPEN_CLIP_WEIGHTS))
     assert metrics(result) == metrics(evaluate(model, str(scenes)))
+
+
+def test_a_gpu_too_full_to_rank_on_costs_no_embedding(model, scenes, monkeypatch):
+    expected = evaluate(model, str(scenes))
+    full = [torch.OutOfMemoryError("CUDA out of memory.")]
+
+    def rank(*given, **named):
+        if full:
+            raise full.pop()
+        return retrieval_metrics(*given, **named)
+
+    monkeypatch.setattr("goal_ray.evaluate.run.retrieval_metrics", rank)
+    assert metrics(evaluate(model, str(scenes))) == metrics(expected)
+    assert not full

@@ -69,7 +69,10 @@ def test_pairs_are_printed_beside_the_whole(model, paired, capsys):
 
 
 def test_pairs_of_shards_without_pairs_are_refused_with_the_remedy(model, scenes):
-    with pytest.raises(StageError, match=r"no pairs.json; run `goal-ray lism` on the shards, or leave out --pairs"):
+    with pytest.raises(
+        StageError,
+        match=r"for example \S+scenes-000000\.tar: sample '\S+' has no \.pairs\.json; run .*, or leave out --pairs",
+    ):
         evaluate(model, str(scenes), pairs=1)
 
 

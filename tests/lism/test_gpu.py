@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,6 +68,47 @@ def test_a_group_too_large_for_the_gpu_is_halved_until_it_fits():
     assert stage.sizes == [10, 5, 3, 2, 5, 3, 2]
     assert [item.number for item in after.items] == list(range(10))
     assert all(item.problem is None for item in after.items)
+
+
+def test_a_stage_that_can_takes_less_at_once_and_remembers_it(capsys):
+    class Lessens(FillsTheGpu):
+        at_once = 4
+
+        def __call__(self, items):
+            self.sizes.append((len(items), self.at_once))
+            if self.at_once > self.room:
+                raise FULL
+            return items
+
+        def lessen(self) -> bool:
+            self.at_once, before = max(1, self.at_once // 2), self.at_once
+            return self.at_once < before
+
+    stage = Lessens(room=1)
+    worker = StageWorker("match", lambda: stage, 60, Strikes())
+    for _ in range(2):
+        assert all(item.problem is None for item in worker(group(8)).items)
+    assert stage.sizes == [(8, 4), (8, 2), (8, 1), (8, 1)]
+    assert capsys.readouterr().err.count("match: out of GPU memory, with less at once from now on") == 2
+    stage.room = 0
+    after = worker(group(2))
+    assert all("out of GPU memory" in item.problem.reason for item in after.items)
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (FULL, True),
+        (torch.AcceleratorError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (torch.AcceleratorError(LOST), False),
+        (RuntimeError("shapes differ"), False),
+        (ValueError("CUDA error: out of memory"), False),
+    ],
+)
+def test_a_full_gpu_is_known_by_its_error(error, full):
+    assert gpu.is_out_of_memory(error) is full
+    assert gpu.is_gpu_error(error) is (full or isinstance(error, torch.AcceleratorError))
 
 
 def test_a_picture_too_large_for_the_gpu_is_quarantined_with_the_settings_to_change():
@@ -148,13 +190,18 @@ def test_a_model_that_fits_at_no_start_ends_the_run_with_the_settings_to_change(
     )
 
 
-@pytest.mark.parametrize(("device", "limits"), [("cuda", [0.25]), ("cpu", [])])
-def test_an_actor_keeps_to_its_share_of_the_gpu_from_before_its_model_loads(monkeypatch, device, limits):
+@pytest.mark.parametrize(
+    ("device", "share", "limits"),
+    [("cuda", 0.25, [0.25 - 1.5 / 80]), ("cuda", 0.03, [0.015]), ("cuda", 1, []), ("cpu", 0.25, [])],
+)
+def test_an_actor_keeps_to_its_share_of_the_gpu_from_before_its_model_loads(monkeypatch, device, share, limits):
     calls = []
+    h100 = SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: h100)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", calls.append)
     monkeypatch.setattr(stages, "build_proposer", lambda *_: calls.append("proposer"))
     monkeypatch.setattr("goal_ray.lism.matching.Matcher", lambda *_: calls.append("matcher"))
-    config = load_config(LismConfig, overrides=["proposer.name=grid", "gpus_per_actor=0.25"])
+    config = load_config(LismConfig, overrides=["proposer.name=grid", f"gpus_per_actor={share}"])
     ProposeRegions(config, device)
     MatchSentences(config, {}, device)
     assert calls == [*limits, "proposer", *limits, "matcher"]

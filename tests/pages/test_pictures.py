@@ -51,3 +51,10 @@ def test_a_pair_that_the_record_lacks_is_refused():
     one = sample("One.\nTwo.", [WHOLE, LEFT], [Pair(0, 1, 0.3)])
     with pytest.raises(ShardError, match="sentence 1 and region 1 are no pair"):
         draw_picture(one, "a.tar", only=(1, 1))
+
+
+def test_a_sample_without_pairs_is_named_with_the_remedy():
+    bare = sample("One.", [WHOLE], [])
+    del bare.members["pairs.json"]
+    with pytest.raises(ShardError, match=r"a\.tar: sample '.+' has no \.pairs\.json; run `goal-ray lism`"):
+        draw_picture(bare, "a.tar")

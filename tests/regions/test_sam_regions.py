@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from segment_anything import SamAutomaticMaskGenerator
 from segment_anything.build_sam import _build_sam
 from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
+from segment_anything.modeling.common import LayerNorm2d
 from tiny_sam import IMAGE_PX, tiny_sam
 from torchvision.ops import box_iou
 
@@ -315,3 +316,29 @@ def test_a_date_in_a_name_is_no_checksum(checkpoint, tmp_path):
     dated = tmp_path / "sam-20240101.pth"  # torchvision would mean the beginning of a checksum
     dated.write_bytes(checkpoint.read_bytes())
     assert build_proposer(SamConfig(checkpoint=dated)) is not None
+
+
+@pytest.mark.parametrize("encoder", ["vit", "mobile"])
+def test_the_necks_norms_do_not_overflow_in_fp16(checkpoint, encoder):
+    neck = load_sam(checkpoint).image_encoder.neck if encoder == "vit" else MobileEncoder().neck
+    for norm in (neck[1], neck[3]):
+        channels = norm.weight.numel()
+        official = LayerNorm2d(channels)
+        official.load_state_dict(norm.state_dict())
+        torch.manual_seed(0)
+        x = 300 * torch.randn(2, channels, 5, 7)
+        assert torch.equal(norm(x), official(x))
+        half = norm.half()(x.half())
+        assert half.dtype == torch.float16
+        torch.testing.assert_close(half.float(), official(x), rtol=0.01, atol=0.01)
+        assert not torch.allclose(official.half()(x.half()).float(), half.float(), atol=0.01)
+
+
+def test_a_full_gpu_has_sam_take_less_at_once_and_find_the_same(checkpoint, image):
+    proposer = build_proposer(everything(checkpoint, points_per_side=4, images_per_batch=2, points_per_batch=3))
+    expected = proposer.propose([image])[0]
+    steps = []
+    while proposer.lessen():
+        steps.append((proposer.images_per_batch, proposer.points_per_batch))
+    assert steps == [(1, 3), (1, 1)]
+    np.testing.assert_allclose(proposer.propose([image])[0].boxes_px, expected.boxes_px, atol=1e-3)

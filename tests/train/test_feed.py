@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 
 import pytest
 import torch
@@ -43,6 +44,23 @@ def test_every_micro_batch_comes_once_in_order_with_its_counts(packed, tiny_clip
         assert micro_batch.text_lengths == [
             ids.shape[1] for chunk in micro_batch.chunks for ids in (chunk.text_BL, chunk.sentences_ML) for _ in ids
         ]
+
+
+@pytest.mark.parametrize(("chunks", "waiting"), [(1, 2), (2, 1)])
+def test_in_chunks_one_micro_batch_waits_and_no_more(packed, chunks, waiting):
+    feed = Feed(iter(packed), chunks, 1, CPU, lambda: False)
+    assert feed.ready.maxsize == waiting
+    feed.close()
+
+
+def test_the_feeds_thread_is_on_the_workers_own_device(monkeypatch):
+    called = []
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: called.append((device, threading.current_thread().name))
+    )
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: object())
+    assert list(Feed(iter(()), 1, 1, torch.device("cuda", 3), lambda: False)) == []
+    assert called == [(torch.device("cuda", 3), "feed")]
 
 
 def test_a_wish_to_stop_ends_the_feed_after_a_whole_optimizer_step(packed):
