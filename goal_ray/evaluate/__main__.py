@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from goal_ray.cli import parser, run_main
+from goal_ray.precision import NAMES
 
 DESCRIPTION = """Measure retrieval: recall at 1, 5, 25 and 50 and mAP in percent, and the median rank, from text to
 image and back. Recall at K is the share of captions (pictures) whose own picture (caption) is among the K most similar
@@ -30,6 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command.add_argument(
         "--pairs", metavar="N", type=int, default=0, help="pairs per sample to measure (default: %(default)s)"
     )
+    command.add_argument(
+        "--precision",
+        choices=list(NAMES),
+        default="fp32",
+        help="the towers' format; bf16 is far faster where the hardware has it, and moves metrics by rounding "
+        "(default: %(default)s)",
+    )
     command.add_argument("--device", metavar="D", help="cpu or cuda (default: cuda where there is one)")
     command.add_argument(
         "--out",
@@ -56,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.out,
         options.max_bad_share,
         options.pairs,
+        precision=options.precision,
     )
     print_table(result)
     place = result_place(options.checkpoint, options.shards, options.out)

@@ -20,6 +20,7 @@ from goal_ray.geometry import PixelGeometry, outer_box
 from goal_ray.images import decode_image
 from goal_ray.model import LoadedModel, encode_image, encode_text
 from goal_ray.pairs import best_pairs, read_pairs
+from goal_ray.precision import Precision, autocast
 from goal_ray.settings import ResizeConfig
 from goal_ray.storage import sizes_bytes
 from goal_ray.tars import Sample, stream_samples
@@ -75,12 +76,14 @@ def embed_shards(
     threads: int,
     pairs: int = 0,
     title: str = "evaluate",
+    precision: Precision = "fp32",
 ) -> Embeddings:
     """Embeds every sample of the shards; decoding overlaps with the model. Bad samples are skipped and listed.
 
     pairs  also embeds the regions and sentences of so many pairs of a sample, the best by its KEY.pairs.json; one
            without is then a bad sample
     title  what the progress is called
+    precision  of the towers' matrix products
 
     A picture or caption that stands in several samples is one picture or caption: two rows of it would tie, and neither
     could ever be found first. Raises StageError where no sample is usable.
@@ -91,11 +94,15 @@ def embed_shards(
 
     def embed_pictures(squares: list[np.ndarray]) -> torch.Tensor:
         pixels = torch.from_numpy(np.stack(squares)).to(device)
-        return F.normalize(encode_image(clip, (pixels.float() / 255 - mean) / std).pooled_BE.float(), dim=-1).cpu()
+        with autocast(torch.device(device), precision):
+            pooled_BE = encode_image(clip, (pixels.float() / 255 - mean) / std).pooled_BE
+        return F.normalize(pooled_BE.float(), dim=-1).cpu()
 
     def embed_captions(texts: list[np.ndarray]) -> torch.Tensor:
         ids = torch.from_numpy(pad_batch(texts)).to(device)
-        return F.normalize(encode_text(clip, ids).pooled_BE.float(), dim=-1).cpu()
+        with autocast(torch.device(device), precision):
+            pooled_BE = encode_text(clip, ids).pooled_BE
+        return F.normalize(pooled_BE.float(), dim=-1).cpu()
 
     skipped: list[dict[str, str]] = []
     pictures: dict[bytes, int] = {}

@@ -16,6 +16,7 @@ from goal_ray.cores import usable_cores
 from goal_ray.errors import ConfigError, ModelError, StageError
 from goal_ray.evaluate.embed import describe_skip, embed_shards, most_frequent
 from goal_ray.model import load_model, usable_device
+from goal_ray.precision import Precision
 from goal_ray.retrieval import retrieval_metrics
 from goal_ray.settings import ModelConfig
 from goal_ray.shard_urls import expand_shards
@@ -36,6 +37,7 @@ def evaluate(
     max_bad_share: float = 0.01,
     pairs: int = 0,
     threads: int | None = None,
+    precision: Precision = "fp32",
 ) -> dict[str, Any]:
     """Retrieval metrics of a model on shards, also written as JSON (see `result_place`).
 
@@ -47,6 +49,7 @@ def evaluate(
                 all these regions and back, and `joint`, where captions and sentences search pictures and regions alike
 
     threads     that decode pictures (default: one for each core)
+    precision   the towers' format; embeddings are compared in float32
 
     Beside the metrics the result has `pictures` and `captions`, how many of each are different; `repeated`, samples
     that say what an earlier one said, and are left out; and `skipped`, the bad ones. Raises StageError when more than
@@ -67,9 +70,8 @@ def evaluate(
         claim_place(place)
     refuse_damaged(Path(name))
     title = f"evaluate {Path(checkpoint).absolute().name}"
-    found = embed_shards(
-        load_model(ModelConfig(name, weights)), urls, batch, device, threads or usable_cores(), pairs, title
-    )
+    loaded, threads = load_model(ModelConfig(name, weights)), threads or usable_cores()
+    found = embed_shards(loaded, urls, batch, device, threads, pairs, title, precision)
     total = found.samples + len(found.skipped)
     if len(found.skipped) > max_bad_share * total:
         raise StageError(
@@ -97,6 +99,7 @@ def evaluate(
         "repeated": found.samples - len(found.pairs_P2),
         "skipped": found.skipped,
         "device": device,
+        "precision": precision,
         "seconds": round(time.perf_counter() - began, 1),
     }
     if place is not None:

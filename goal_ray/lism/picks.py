@@ -18,7 +18,7 @@ class Pick:
 
     shard         file name of the tar
     sample        number of the sample in the input tar
-    key           its key, printable
+    key           its key, as it can be stored
     sentence      and region: indices into the sample's record
     offset_bytes  and size_bytes: the part of the paired tar that holds the sample's members
     """

@@ -112,3 +112,12 @@ def test_where_no_terminal_is_a_line_tells_now_and_then_how_far_it_is(capsys):
 def test_a_problem_is_the_same_whatever_the_sample(one, other, same):
     records = ({"shard": shard, "key": "", "reason": reason} for shard, reason in (("a.tar", one), ("b.tar", other)))
     assert len({problem_of(record) for record in records}) == (1 if same else 2)
+
+
+def test_bf16_gives_the_rows_of_fp32_to_its_rounding(loaded, tars):
+    exact = embed_shards(loaded, tars, batch=14, device="cpu", threads=1)
+    rounded = embed_shards(loaded, tars, batch=14, device="cpu", threads=1, precision="bf16")
+    for ours, theirs in ((rounded.image_IE, exact.image_IE), (rounded.text_TE, exact.text_TE)):
+        assert ours.dtype == torch.float32
+        assert not torch.equal(ours, theirs)
+        assert (ours * theirs).sum(dim=1).min() > 0.999

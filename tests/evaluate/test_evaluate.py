@@ -269,3 +269,9 @@ def test_a_gpu_too_full_to_rank_on_costs_no_embedding(model, scenes, monkeypatch
     monkeypatch.setattr("goal_ray.evaluate.run.retrieval_metrics", rank)
     assert metrics(evaluate(model, str(scenes))) == metrics(expected)
     assert not full
+
+
+def test_the_precision_is_stored_with_the_numbers(model, scenes, tmp_path):
+    main([model, str(scenes), "--precision", "bf16", "--out", str(tmp_path / "x.json")])
+    result = json.loads((tmp_path / "x.json").read_text())
+    assert (result["precision"], result["count"]) == ("bf16", 30)

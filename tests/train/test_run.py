@@ -193,8 +193,9 @@ def test_a_run_goes_on_by_itself_when_a_worker_is_killed_and_later_when_the_driv
         wait_for(lambda: logged(run_dir) > SAVED, driver)
         sockets = [each for worker in train_workers() for each in worker.net_connections("inet")]
         assert {each.laddr.ip.removeprefix("::ffff:") for each in sockets} == {"127.0.0.1"}
-        train_workers()[0].kill()
-        wait_for(lambda: logged(run_dir) <= SAVED, driver)
+        killed = train_workers()
+        killed[0].kill()
+        wait_for(lambda: {worker.pid for worker in train_workers()} - {worker.pid for worker in killed}, driver)
         wait_for(lambda: (run_dir / "checkpoints" / f"step-{2 * SAVED:08d}").exists(), driver)
         driver.kill()
         said = driver.stderr.read()
