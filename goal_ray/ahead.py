@@ -14,7 +14,7 @@ def read_ahead(
 ) -> Iterator[Result]:
     """The results in the items' order; threads work on so many items ahead, which hides the time that a storage takes.
 
-    Raises what `work` or `items` raises, when the results before it are taken.
+    Raises what `work` raises when the results before it are taken, and what `items` raises at once.
     """
     waiting: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(threads)
