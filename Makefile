@@ -21,7 +21,7 @@ $(READY): requirements.lock pyproject.toml
 demo: $(READY) ## run every stage on drawn scenes; writes demo/
 	$(BIN)/goal-ray demo
 
-test: $(READY) ## the test suite, tests with Ray after the others (some 20 minutes on 2 cores)
+test: $(READY) ## the test suite, tests with Ray after the others (12 to 20 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not ray"
 	$(BIN)/python -m pytest -m "not slow and ray"
 

@@ -9,7 +9,7 @@ DESCRIPTION = """Run every stage for real on this machine, and measure what GOAL
 
 Draws scenes; trains a small CLIP on short captions as the start; finds local pairs with LISM; then, from that same
 start, fine-tunes on few long captions (a) with the global loss only and (b) with GOAL: same steps, same data order.
-Both are evaluated on held-out scenes. Needs no GPU, no downloads, 8 to 15 minutes on 2 cores, and 0.4 GB of disk.
+Both are evaluated on held-out scenes. Needs no GPU, no downloads, 6 to 15 minutes on 2 cores, and 0.4 GB of disk.
 
 OUT/seed-0 gets the scenes, the runs and report.html; OUT/demo.json all numbers. Run the same command again after an
 interruption, or with more seeds: it goes on."""

@@ -80,14 +80,14 @@ def evaluate(
         )
     if pairs and len(found.local_P2) == 0:
         raise StageError(f"{shards}: no sample has a pair of sentence and region; leave out --pairs")
-    image_IE, text_TE = found.image_IE, found.text_TE
 
     def measure(*pairs_P2: torch.Tensor) -> dict[str, Any]:
         found_P2 = torch.cat(pairs_P2).unique(dim=0)
         try:
-            return retrieval_metrics(image_IE.to(device), text_TE.to(device), pairs_P2=found_P2.to(device))
+            image_IE, text_TE = found.image_IE.to(device), found.text_TE.to(device)
+            return retrieval_metrics(image_IE, text_TE, pairs_P2=found_P2.to(device))
         except torch.OutOfMemoryError:  # what the model's passes took hours for is not lost
-            return retrieval_metrics(image_IE, text_TE, pairs_P2=found_P2)
+            return retrieval_metrics(found.image_IE, found.text_TE, pairs_P2=found_P2)
 
     result = {
         "model": name,
