@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from goal_ray.errors import ModelError
+from goal_ray.metric_names import RECALL_AT
 
 
 @torch.no_grad()
@@ -62,7 +63,7 @@ def unit_rows(embedding_NE: Tensor, name: str) -> Tensor:
 
 
 def retrieval_metrics(
-    image_IE: Tensor, text_TE: Tensor, at: Sequence[int] = (1, 5, 25, 50), pairs_P2: Tensor | None = None
+    image_IE: Tensor, text_TE: Tensor, at: Sequence[int] = RECALL_AT, pairs_P2: Tensor | None = None
 ) -> dict[str, Any]:
     """Recall at each K and mAP, in percent of the queries, and the median rank, in both directions.
 

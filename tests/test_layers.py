@@ -98,6 +98,18 @@ def test_imports_go_in_no_circle():
     assert waiting == {}
 
 
+def test_stages_import_each_other_in_no_circle():
+    package_of = {name: ".".join(name.split(".")[:2]) for name in MODULES if name.startswith("goal_ray.")}
+    stages = {f"goal_ray.{stage}" for stage in STAGES}
+    waiting: dict[str, set[str]] = {stage: set() for stage in stages}
+    for name, package in package_of.items():
+        if package in stages:
+            waiting[package] |= {".".join(used.split(".")[:2]) for used in all_imports(name)} & stages - {package}
+    while free := {stage for stage, needed in waiting.items() if not needed & set(waiting)}:
+        waiting = {stage: needed for stage, needed in waiting.items() if stage not in free}
+    assert waiting == {}
+
+
 WITHOUT_RAY = """
 import importlib, pkgutil, sys
 

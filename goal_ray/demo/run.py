@@ -15,6 +15,7 @@ from goal_ray.evaluate.run import evaluate
 from goal_ray.lism.config import LismConfig
 from goal_ray.lism.gallery import GALLERY_FILE
 from goal_ray.lism.run import run_lism
+from goal_ray.metric_names import DIRECTIONS
 from goal_ray.ray_session import ray_session
 from goal_ray.report.run import write_report
 from goal_ray.scenes.run import SceneSettings, draw_scenes
@@ -27,7 +28,6 @@ RESULT_FILE = "demo.json"
 DEVICE = "cpu"  # as the recipes say
 MODELS = {"start": "start", "global": "global loss only", "goal": "GOAL"}
 GLOBAL_ONLY = ("loss.weight_local=0", "loss.weight_tsl_image=0", "loss.weight_tsl_text=0", "name=global")
-DIRECTIONS = ("text_to_image", "image_to_text")
 MEASURES = {"captions": "R@1", "sentences": "R@1", "joint": "mAP"}
 STAGES = {
     "scenes": "draw the scenes",

@@ -1,7 +1,5 @@
 """Embeds the pictures and captions of shards, and their pairs, in one streamed pass. Core: torch only, no Ray."""
 
-import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -14,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from goal_ray.ahead import read_ahead
+from goal_ray.bad_samples import bad_record, most_frequent
 from goal_ray.errors import GoalRayError, ModelError, ShardError, StageError
 from goal_ray.evaluate.progress import Progress
 from goal_ray.geometry import PixelGeometry, outer_box
@@ -36,7 +35,7 @@ class Embeddings:
     pairs_P2  int64 (picture, caption), rows that stand together in a sample; each pair once
     local_P2  likewise (region, sentence)
     samples   usable samples
-    skipped   bad samples as {shard, key, reason}; a damaged tar is one of them, whatever it lost
+    skipped   records of bad samples; a damaged tar is one of them, whatever it lost
     """
 
     image_IE: torch.Tensor
@@ -199,27 +198,8 @@ def read_samples(shards: Sequence[str], sizes: Mapping[str, int], skipped: list[
                 end += sum(map(len, sample.members.values()))
                 yield Stored(url, sample, end)
         except ShardError as error:
-            skipped.append({"shard": url, "key": "", "reason": str(error)})
+            skipped.append(bad_record(url, "", "read", str(error)))
         begin += sizes[url]  # headers and padding, too, and what lies behind its damage
-
-
-def describe_skip(record: dict[str, str]) -> str:
-    """A record of a bad sample as one line."""
-    told = not record["key"] or record["reason"].startswith(record["shard"])
-    return record["reason"] if told else f"{record['shard']}: {record['key']!r}: {record['reason']}"
-
-
-def most_frequent(skipped: list[dict[str, str]]) -> str:
-    """The problem that most of the bad samples have, by its first example, and how many have it."""
-    kinds = [problem_of(record) for record in skipped]
-    ((kind, number),) = Counter(kinds).most_common(1)
-    example = describe_skip(skipped[kinds.index(kind)])
-    return f"the most frequent problem ({number} of {len(skipped)}), for example {example}"
-
-
-def problem_of(record: dict[str, str]) -> str:
-    """The reason for a bad sample without what differs from sample to sample: names, quoted bytes, numbers."""
-    return re.sub(r"'[^']*'|\"[^\"]*\"|0x[0-9a-f]+|\d+", "#", record["reason"].replace(record["shard"], "#"))
 
 
 def prepared(
@@ -235,7 +215,7 @@ def prepared(
         try:
             return one.end_bytes, prepare(one.sample, one.url)
         except GoalRayError as error:
-            return one.end_bytes, {"shard": one.url, "key": one.sample.key, "reason": str(error)}
+            return one.end_bytes, bad_record(one.url, one.sample.key, "decode", str(error))
 
     for end_bytes, made in read_ahead(attempt, stored, ahead, threads):
         if isinstance(made, dict):

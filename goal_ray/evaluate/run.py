@@ -12,17 +12,19 @@ from typing import Any
 
 import torch
 
+from goal_ray.bad_samples import describe_bad, most_frequent
+from goal_ray.checkpoints import CHECKPOINTS_FOLDER, refuse_damaged
 from goal_ray.cores import usable_cores
 from goal_ray.errors import ConfigError, ModelError, StageError
-from goal_ray.evaluate.embed import describe_skip, embed_shards, most_frequent
+from goal_ray.evaluate.embed import embed_shards
+from goal_ray.metric_names import METRICS, is_rank
 from goal_ray.model import load_model, usable_device
 from goal_ray.precision import Precision
 from goal_ray.retrieval import retrieval_metrics
+from goal_ray.run_folder import EVALUATION_FOLDER, best_checkpoint
 from goal_ray.settings import ModelConfig
 from goal_ray.shard_urls import expand_shards
 from goal_ray.storage import file_system, kind, patiently, write_bytes
-from goal_ray.train.checkpoint import refuse_damaged
-from goal_ray.train.result import EVALUATION_FOLDER, best_checkpoint
 
 SKIPPED_SHOWN = 5
 
@@ -127,7 +129,7 @@ def result_place(checkpoint: str, shards: str, out: str | None) -> str | None:
     NAME is the last part of `shards` that holds more than signs of a pattern: `test` for `docci/test/*.tar`. Where a
     result of other shards has that name, a digest of these is added to it.
     """
-    if out is not None or not (Path(checkpoint) / "checkpoints").is_dir():
+    if out is not None or not (Path(checkpoint) / CHECKPOINTS_FOLDER).is_dir():
         return out
     parts = [re.sub(r"[^\w.-]+", "_", part.removesuffix(".tar")).strip("._-") for part in shards.split("/")]
     stem = next(filter(None, reversed(parts)), "shards")
@@ -157,23 +159,23 @@ def claim_place(place: str) -> None:
 
 def print_table(result: dict[str, Any]) -> None:
     """Prints the metrics of both directions, and on stderr why samples were skipped."""
-    names = list(result["text_to_image"])
     repeated = f"{result['repeated']} repeated, " if result["repeated"] else ""
     print(
         f"{result['count']} pairs of {result['pictures']} pictures and {result['captions']} captions; "
         f"{repeated}{len(result['skipped'])} skipped; on {result['device']} in {result['seconds']} s"
     )
-    print(f"{'':<22}" + "".join(f"{name.removesuffix('_rank'):>9}" for name in names))
     rows = {"text → image": result["text_to_image"], "image → text": result["image_to_text"]}
     if "local" in result:
         local, joint = result["local"], result["joint"]
         rows |= {"sentence → region": local["text_to_image"], "region → sentence": local["image_to_text"]}
         rows |= {"joint, text → image": joint["text_to_image"], "joint, image → text": joint["image_to_text"]}
-    digits = {name: 1 if name == "median_rank" else 2 for name in names}  # a rank is whole, or half of two
+    names = [name for name in METRICS if any(name in shares for shares in rows.values())]
+    print(f"{'':<22}" + "".join(f"{name.removesuffix('_rank'):>9}" for name in names))
+    digits = {name: 1 if is_rank(name) else 2 for name in names}  # a rank is whole, or half of two
     for title, shares in rows.items():
         cells = (f"{shares[name]:>9.{digits[name]}f}" if name in shares else f"{'–':>9}" for name in names)
         print(f"{title:<22}" + "".join(cells))
     for record in result["skipped"][:SKIPPED_SHOWN]:
-        print(f"skipped: {describe_skip(record)}", file=sys.stderr)
+        print(f"skipped: {describe_bad(record)}", file=sys.stderr)
     if len(result["skipped"]) > SKIPPED_SHOWN:
         print(f"skipped: {len(result['skipped']) - SKIPPED_SHOWN} more; --out FILE lists them all", file=sys.stderr)

@@ -12,14 +12,13 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from goal_ray import __version__
+from goal_ray.checkpoints import STATE_FILE
+from goal_ray.metric_names import METRICS
 from goal_ray.model import LoadedModel, image_tower, logit_scale, text_tower
 from goal_ray.report.records import RunRecords, read_object, read_run
-from goal_ray.report.tables import COLUMNS, cost, metrics_tables, settings
+from goal_ray.report.tables import cost, metrics_tables, settings
+from goal_ray.run_folder import MODEL_FOLDER, SHARDS_FILE, best_checkpoint
 from goal_ray.settings import TERMS
-from goal_ray.train.checkpoint import STATE_FILE
-from goal_ray.train.result import best_checkpoint
-from goal_ray.train.run import EXPORT_FOLDER as MODEL_FOLDER
-from goal_ray.train.run import SHARDS_FILE
 
 CARD_FILE = "README.md"
 TEMPLATE = "export/card.md.j2"
@@ -87,7 +86,7 @@ def run_values(run_dir: Path, checkpoint: Path) -> dict[str, Any]:
         "config_yaml": Markdown(run.config_yaml.rstrip("\n")),
         "data": data(run),
         "losses": losses(run),
-        "columns": COLUMNS,
+        "columns": METRICS,
         "metrics": metrics_tables([run]),
         "cost": cost(run),
     }

@@ -5,16 +5,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from goal_ray.checkpoints import refuse_damaged
 from goal_ray.errors import StageError
 from goal_ray.export.card import CARD_FILE, write_card
 from goal_ray.export.hf import save_hf
 from goal_ray.model import LoadedModel, load_model, save_model
+from goal_ray.run_folder import EXPORT_FOLDER, best_checkpoint, run_of
 from goal_ray.settings import ModelConfig
-from goal_ray.train.checkpoint import refuse_damaged
-from goal_ray.train.result import best_checkpoint
-from goal_ray.train.run import CONFIG_FILE
-
-EXPORT_FOLDER = "export"
 
 
 def save_open_clip(folder: Path, loaded: LoadedModel) -> None:
@@ -56,9 +53,3 @@ def export(source: str, layout: str = "open_clip", out: str | None = None) -> Pa
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
-
-
-def run_of(path: Path) -> Path | None:
-    """The run folder that `path` is, or is a checkpoint of."""
-    candidates = [path, *([path.parent.parent] if path.parent.name == "checkpoints" else [])]
-    return next((folder for folder in candidates if (folder / CONFIG_FILE).is_file()), None)

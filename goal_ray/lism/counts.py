@@ -1,13 +1,13 @@
 """What came out of a shard, or of a whole run, in numbers: summed up, stored, and printed for people."""
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any
 
 from pydantic import Field
 
+from goal_ray.bad_samples import describe_bad, kind_of
 from goal_ray.lism.picks import Pick, Picks
 from goal_ray.lism.work import PHASES
 
@@ -18,8 +18,6 @@ MOST_BARS = 30
 QUANTILES = (5, 25, 50, 75, 95)
 FIRST_BAD = 5
 MOST_OF_ONE = 2
-# What is of one sample in a reason: an address, a quotation or list, a number.
-SPECIFIC = ((r"\S+\.tar\b", "….tar"), (r"""b?'[^']*'|b?"[^"]*"|\[[^\]]*\]""", "…"), (r"(?<![-\w])[0-9][\w.,×]*", "N"))
 
 
 @dataclass
@@ -114,14 +112,6 @@ class ShardCounts:
         self.picks = self.picks.merged(other.picks)
         for phase, (seconds, images) in other.work.items():
             self.add_work(phase, seconds, images)
-
-
-def kind_of(record: Mapping[str, Any]) -> str:
-    """Stage and reason of a quarantine record without what only this sample has: addresses, quotations, numbers."""
-    reason = record["reason"].replace(record["shard"], "….tar")
-    for pattern, instead in SPECIFIC:
-        reason = re.sub(pattern, instead, reason)
-    return f"{record['stage']}: {reason}"
 
 
 @dataclass(frozen=True)
@@ -226,8 +216,3 @@ def describe_quantiles(result: Mapping[str, Any]) -> str:
     """A summary's quantiles in words: what matcher.min_similarity would leave out."""
     shares = (f"{percent} % below {value:z.2f}" for percent, value in result["similarity_quantiles"].items())
     return ", ".join(shares).replace(" below", " lie below", 1)
-
-
-def describe_bad(record: Mapping[str, Any]) -> str:
-    """A quarantine record as one line."""
-    return f"{record['shard']} {record['key']!r} ({record['stage']}): {record['reason']}"

@@ -9,15 +9,16 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from goal_ray import __version__
+from goal_ray.bad_samples import bad_record, describe_bad
 from goal_ray.config import to_tree, to_yaml
 from goal_ray.errors import StageError
 from goal_ray.events import event, wants_json
 from goal_ray.lism.config import LismConfig
-from goal_ray.lism.counts import ShardCounts, describe_bad, summary
+from goal_ray.lism.counts import ShardCounts, summary
 from goal_ray.lism.gallery import draw_gallery
 from goal_ray.lism.groups import Item, storable_key
 from goal_ray.lism.metrics import Metrics
@@ -259,7 +260,7 @@ class Pairing:
                 stages = [item.problem.stage for item in bad if item.problem is not None]
                 progress.passed(len(group.items), size_of(group.items), stages, group.work)
                 if bad and progress.bad > EARLY_BAD:
-                    example, all_bad = bad_record(shard, bad[-1]), bad_before + progress.bad
+                    example, all_bad = quarantined(shard, bad[-1]), bad_before + progress.bad
                     check_bad(all_bad, samples_before + progress.images, config.max_bad_share, example, folder)
                 if group.count is not None:
                     expected[group.shard] = group.count
@@ -325,7 +326,7 @@ def finish_shard(
             counts.add_work(phase, busy, images)
     for item in sorted(items, key=lambda item: item.number):
         if item.problem is not None:
-            bad.append(bad_record(shard, item))
+            bad.append(quarantined(shard, item))
             counts.add_bad(bad[-1])
             continue
         pairs[item.number] = item.record
@@ -341,10 +342,11 @@ def finish_shard(
     return counts, written
 
 
-def bad_record(shard: str, item: Item) -> dict[str, Any]:
+def quarantined(shard: str, item: Item) -> dict[str, Any]:
     """The quarantine's record of a sample."""
     assert item.problem is not None
-    return {"shard": shard_name(shard), "number": item.number, "key": item.key, **asdict(item.problem)}
+    record = bad_record(shard_name(shard), item.key, item.problem.stage, item.problem.reason)
+    return {**record, "number": item.number}
 
 
 def check_bad(bad: int, samples: int, max_bad_share: float, example: dict[str, Any], folder: OutputFolder) -> None:

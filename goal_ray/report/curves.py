@@ -13,10 +13,10 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from goal_ray.metric_names import DIRECTIONS, dotted
 from goal_ray.pages.colours import colour
 from goal_ray.report.records import RANKINGS, RunRecords, metric_title
 from goal_ray.settings import TERMS
-from goal_ray.train.evaluation import DIRECTIONS
 
 PANELS = {
     "loss": "loss, weighted sum",
@@ -26,7 +26,7 @@ PANELS = {
     "images_per_s": "images per second",
     "data_wait_share": "share of time waiting for data",
 }
-FIRST_HITS = [".".join(filter(None, (ranking, direction, "R@1"))) for ranking in RANKINGS for direction in DIRECTIONS]
+FIRST_HITS = [dotted(ranking, direction, "R@1") for ranking in RANKINGS for direction in DIRECTIONS]
 MAX_POINTS = 400
 # A colour that no line has; in the page it becomes the text's, which is dark on light or light on dark.
 INK = "#0a0b0c"

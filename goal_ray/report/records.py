@@ -14,14 +14,16 @@ from goal_ray.config import load_config
 from goal_ray.errors import StageError
 from goal_ray.jsonl import read_records
 from goal_ray.lism.run import SUMMARY_FILE
+from goal_ray.run_folder import (
+    CONFIG_FILE,
+    COST_FILE,
+    EVALUATION_FOLDER,
+    HISTORY_FILE,
+    METRICS_FILE,
+    QUARANTINE_FILE,
+)
 from goal_ray.storage import join, read_bytes
 from goal_ray.train.config import TrainConfig
-from goal_ray.train.cost import COST_FILE
-from goal_ray.train.evaluation import HISTORY_FILE
-from goal_ray.train.recorder import METRICS_FILE
-from goal_ray.train.result import EVALUATION_FOLDER
-from goal_ray.train.run import CONFIG_FILE
-from goal_ray.train.scan import QUARANTINE_FILE
 
 
 class Ranking(NamedTuple):

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from goal_ray.errors import GoalRayError, StageError
+from goal_ray.metric_names import METRICS
 from goal_ray.pages.render import render_page
 from goal_ray.report.curves import draw_curves, draw_held_out
 from goal_ray.report.gallery import Gallery, draw_gallery
 from goal_ray.report.records import RunRecords, read_lism_summary, read_runs
-from goal_ray.report.tables import COLUMNS, cost, kinds_of_reasons, metrics_tables, settings, side_by_side
+from goal_ray.report.tables import cost, kinds_of_reasons, metrics_tables, settings, side_by_side
 from goal_ray.storage import write_bytes
 
 REPORT_FILE = "report.html"
@@ -48,7 +49,7 @@ def write_report(
         curves=draw_curves(runs),
         held_out=draw_held_out(runs),
         cost=side_by_side([cost(run) for run in runs]),
-        columns=COLUMNS,
+        columns=METRICS,
         metrics=metrics_tables(runs),
         left_out=[kinds_of_reasons(run.quarantine) for run in runs],
         lism={shards: read_lism_summary(shards) for shards in dict.fromkeys(run.config.data.shards for run in runs)},

@@ -6,14 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from goal_ray.bad_samples import kind_of
 from goal_ray.errors import StageError
-from goal_ray.lism.counts import kind_of
+from goal_ray.metric_names import METRICS, is_rank
 from goal_ray.report.records import RANKINGS, Evaluation, Ranking, Retrieval, RunRecords, metric_title
+from goal_ray.run_folder import COST_FILE
 from goal_ray.settings import TERMS, Weight
-from goal_ray.train.cost import COST_FILE
-
-SHARES = ("R@1", "R@5", "R@25", "R@50", "mAP")
-COLUMNS = (*SHARES, "median_rank")
 
 
 def side_by_side(columns: Sequence[Mapping[str, str]]) -> list[tuple[str, list[str]]]:
@@ -72,7 +70,7 @@ def cost(run: RunRecords) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class MetricsRow:
-    """run: number of the run · model: its folder's name · cells: (text, is the best of the column), for COLUMNS."""
+    """run: number of the run · model: its folder's name · cells: (text, is the best of the column), for METRICS."""
 
     run: int
     model: str
@@ -120,14 +118,14 @@ def metrics_table(runs: Sequence[RunRecords], shards: str, ranking: Ranking, gro
 
 def metrics_rows(group: Sequence[Measured], values: Sequence[Mapping[str, float]]) -> list[MetricsRow]:
     """Rows of one direction; the best value of a column is marked where there is a choice."""
-    best = {name: best_of([shares.get(name) for shares in values], name) for name in COLUMNS}
+    best = {name: best_of([shares.get(name) for shares in values], name) for name in METRICS}
     return [
         MetricsRow(
             number,
             os.path.basename(evaluation.model.rstrip("/")),
             [
                 (to_text(shares.get(name), name), len(group) > 1 and name in shares and shares[name] == best[name])
-                for name in COLUMNS
+                for name in METRICS
             ],
         )
         for (number, evaluation, _), shares in zip(group, values, strict=True)
@@ -137,14 +135,14 @@ def metrics_rows(group: Sequence[Measured], values: Sequence[Mapping[str, float]
 def best_of(column: Sequence[float | None], name: str) -> float | None:
     """The highest share, the lowest rank; None in an empty column."""
     known = [value for value in column if value is not None]
-    return (max if name in SHARES else min)(known, default=None)
+    return (min if is_rank(name) else max)(known, default=None)
 
 
 def to_text(value: float | None, name: str) -> str:
     """A share with two digits; a dash where there was none, as there are no more than K to choose from."""
     if value is None:
         return "–"
-    return f"{value:.2f}" if name in SHARES else f"{value:g}"
+    return f"{value:g}" if is_rank(name) else f"{value:.2f}"
 
 
 def kinds_of_reasons(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:

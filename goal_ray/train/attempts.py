@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from goal_ray.checkpoints import newest_intact, prune_checkpoints, saved_log, step_of
 from goal_ray.errors import GoalRayError, StageError
 from goal_ray.events import event
 from goal_ray.ray_session import is_joined
-from goal_ray.train.checkpoint import newest_intact, prune_checkpoints, saved_log, step_of
 from goal_ray.train.config import TrainConfig
 from goal_ray.train.demand import Demand
 from goal_ray.train.evaluation import Evaluations

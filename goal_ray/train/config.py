@@ -1,11 +1,12 @@
 """The settings of a training run; the class docstrings are the documentation that --help prints."""
 
 import math
-import re
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Literal
 
 from goal_ray.config import check_custom_resources, strict
+from goal_ray.metric_names import DIRECTIONS, METRICS, RANKINGS, dotted, is_rank
 from goal_ray.settings import LossConfig, ModelConfig, ResizeConfig, StepConfig
 
 
@@ -105,11 +106,10 @@ class EvaluationConfig:
     gpus: int = 0
 
     def __post_init__(self) -> None:
-        names = "R@1|R@5|R@25|R@50|mAP|median_rank"
-        known = re.fullmatch(rf"(local\.|joint\.)?(text_to_image|image_to_text)\.({names})", self.metric)
-        if known is None:
+        rankings = {dotted(*each): each[0] for each in product(RANKINGS, DIRECTIONS, METRICS)}
+        if self.metric not in rankings:
             raise ValueError(f"metric {self.metric!r} is unknown; it is [local.|joint.]text_to_image.R@1 or the like")
-        if known[1] and not self.pairs:
+        if rankings[self.metric] and not self.pairs:
             raise ValueError(f"metric {self.metric} needs pairs; set pairs to 1 or more")
         if self.pairs < 0 or self.cpus < 1 or self.gpus < 0:
             raise ValueError("pairs and gpus must not be negative, cpus at least 1")
@@ -120,8 +120,8 @@ class EvaluationConfig:
 
     @property
     def lower_is_better(self) -> bool:
-        """Whether the best has the lowest value: a rank, where the others are shares."""
-        return self.metric.endswith("median_rank")
+        """Whether the best checkpoint has the lowest value of `metric`."""
+        return is_rank(self.metric)
 
 
 @strict

@@ -4,13 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from goal_ray.checkpoints import checkpoint_folder, checkpoint_folders, step_of
 from goal_ray.jsonl import append_records, read_records
-from goal_ray.train.checkpoint import checkpoint_folder, checkpoint_folders, step_of
+from goal_ray.metric_names import by_dotted_name
+from goal_ray.run_folder import HISTORY_FILE
 from goal_ray.train.config import EvaluationConfig
-
-HISTORY_FILE = "evaluations.jsonl"
-RANKINGS = ("", "local", "joint")
-DIRECTIONS = ("text_to_image", "image_to_text")
 
 
 class Evaluations:
@@ -111,7 +109,7 @@ class Evaluations:
 
     def record(self, step: int, result: dict[str, Any]) -> None:
         """Takes what `evaluate` found of a checkpoint."""
-        numbers = flatten(result)
+        numbers = by_dotted_name(result)
         append_records(self.run_dir / HISTORY_FILE, [{"step": step, **numbers}])
         self.draw(step, numbers)
         if self.config.metric not in numbers:
@@ -131,14 +129,3 @@ def evaluate_checkpoint(folder: str, config: EvaluationConfig) -> dict[str, Any]
     device = "cuda" if config.gpus else "cpu"
     # No more threads than it reserved: the training's ingest runs on the same cores.
     return evaluate(folder, str(config.shards), device=device, pairs=config.pairs, threads=config.cpus)
-
-
-def flatten(result: dict[str, Any]) -> dict[str, float]:
-    """The metrics of `evaluate` by dotted names: text_to_image.R@1, joint.image_to_text.mAP, ..."""
-    numbers: dict[str, float] = {}
-    for ranking in RANKINGS:
-        part = result.get(ranking, {}) if ranking else result
-        for direction in DIRECTIONS if part else ():
-            prefix = f"{ranking}.{direction}" if ranking else direction
-            numbers |= {f"{prefix}.{name}": value for name, value in part[direction].items()}
-    return numbers

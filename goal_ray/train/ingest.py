@@ -12,12 +12,13 @@ from functools import lru_cache, partial
 from typing import Any
 
 from goal_ray.ahead import read_ahead
+from goal_ray.bad_samples import bad_record
 from goal_ray.batches import ExampleBuilder, collate
 from goal_ray.errors import CaptionError, ImageError, ShardError
 from goal_ray.goal_batch import pack
 from goal_ray.order import BatchOrder
 from goal_ray.ray_session import quiet_ray_data
-from goal_ray.train.scan import ShardIndex, bad_record, own_scan, read_sample
+from goal_ray.train.scan import ShardIndex, own_scan, read_sample
 
 # Ray gives a CPU its next task some hundredths of a second after the last: too long for tasks of one small micro-batch.
 SAMPLES_PER_TASK = 64
@@ -32,7 +33,7 @@ class BatchReader:
 
     builder        an ExampleBuilder as `pickled` gives it: its tokenizer takes longer to unpickle than a batch to read,
                    so that every process does it once
-    indexes        Ray's references to the tars' indexes, as `index_shards` gives them; without, each process scans the
+    indexes        Ray's references to the tars' indexes, as `scan_shards` gives them; without, each process scans the
                    tars that it meets
     text_multiple  as in `collate`
 
@@ -59,7 +60,7 @@ class BatchReader:
             try:
                 examples.append(builder(sample, url, self.order.seed + epoch))
             except (ImageError, CaptionError, ShardError) as error:
-                bad.append(bad_record(url, index.key(number), "decode", error))
+                bad.append(bad_record(url, index.key(number), "decode", str(error)))
         packed = pack(collate(examples, self.text_multiple, builder.context_length)) if examples else b""
         return {"batch": packed, "bad": json.dumps(bad)}
 

@@ -33,7 +33,7 @@ from goal_ray.tars import CAPTION_EXTENSION, IMAGE_EXTENSIONS, PAIRS_EXTENSION
 from goal_ray.text import CaptionEncoder
 from goal_ray.train.ingest import BatchReader, pickled, stream_batches
 from goal_ray.train.photo_tars import write_photo_tars
-from goal_ray.train.scan import index_shards, scan_shard
+from goal_ray.train.scan import scan_shard, scan_shards
 
 DESCRIPTION = """How many samples a second the training ingest makes, without any training.
 
@@ -213,7 +213,7 @@ def make_reader(urls: list[str], counts: Sequence[int], batch: int, indexes: tup
 def ray_batches(urls: list[str], batch: int) -> Generator[int, None, None]:
     """The ingest as training uses it."""
     with ray_session():
-        scan = index_shards(urls, needs_pairs=True)
+        scan = scan_shards(urls, needs_pairs=True)
         for packed, _ in stream_batches(make_reader(urls, scan.counts, batch, scan.indexes), 0, ENDLESS):
             yield len(unpack(packed).images_B3SS)
 

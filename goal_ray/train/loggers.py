@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from goal_ray.config import to_tree
 from goal_ray.errors import ConfigError
+from goal_ray.run_folder import TENSORBOARD_FOLDER
 from goal_ray.train.config import TrainConfig
 
 
@@ -21,7 +22,7 @@ class TensorBoard:
     """RUN/tensorboard; steps that come again hide those before."""
 
     def __init__(self, run_dir: Path):
-        self.folder = str(run_dir / "tensorboard")
+        self.folder = str(run_dir / TENSORBOARD_FOLDER)
         self.writer: Any = None
 
     def rewind(self, step: int) -> None:

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from goal_ray.bad_samples import describe_bad
 from goal_ray.batches import ExampleBuilder
+from goal_ray.checkpoints import step_of
 from goal_ray.errors import StageError
 from goal_ray.flops import peak_flops, step_flops
 from goal_ray.geometry import PixelGeometry
@@ -21,16 +23,16 @@ from goal_ray.gradcache import cached_gradients
 from goal_ray.losses import GoalModel
 from goal_ray.model import LoadedModel, load_model
 from goal_ray.order import BatchOrder
+from goal_ray.run_folder import QUARANTINE_FILE
 from goal_ray.settings import ModelConfig, ResizeConfig
 from goal_ray.step import prepare_step
 from goal_ray.storage import write_bytes
 from goal_ray.text import CaptionEncoder
-from goal_ray.train.checkpoint import step_of
 from goal_ray.train.config import TrainConfig
 from goal_ray.train.engine import build_engine, freeze_tower, set_learning_rate
 from goal_ray.train.feed import Feed, MicroBatch
 from goal_ray.train.ingest import BatchReader, pickled, stream_batches
-from goal_ray.train.scan import QUARANTINE_FILE, describe_bad, own_scan
+from goal_ray.train.scan import own_scan
 from goal_ray.train.state import CheckpointWriter, allocate_averages, load_averages
 from goal_ray.train.window import LogWindow
 

@@ -14,14 +14,13 @@ from tqdm import tqdm
 from goal_ray.events import event, wants_json
 from goal_ray.jsonl import append_records, read_records
 from goal_ray.plain_lines import PlainLines
+from goal_ray.run_folder import METRICS_FILE, QUARANTINE_FILE
 from goal_ray.shard_urls import shard_name
 from goal_ray.storage import write_bytes
 from goal_ray.train.cost import Cost
 from goal_ray.train.loggers import Logger
 from goal_ray.train.metrics import Metrics
-from goal_ray.train.scan import QUARANTINE_FILE
 
-METRICS_FILE = "metrics.jsonl"
 NO_CURVE = ("step", "total_steps", "seconds")
 TERMS = {"loss_global": "global", "loss_local": "local", "loss_tsl_image": "TSL image", "loss_tsl_text": "TSL text"}
 OF_A_WINDOW = ("window_steps", "window_seconds", "images", "flops", "energy_joules")

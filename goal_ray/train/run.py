@@ -14,14 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from goal_ray.config import load_config, to_tree, to_yaml
-from goal_ray.errors import ConfigError, StageError
-from goal_ray.order import BatchOrder
-from goal_ray.ray_session import is_joined, keep_ray_data_here, quiet_ray_data, ray_session
-from goal_ray.shard_urls import expand_shards, shard_name
-from goal_ray.storage import write_bytes
-from goal_ray.train.attempts import Attempts, cluster_resources, lacking, most_workers
-from goal_ray.train.checkpoint import (
+from goal_ray.bad_samples import describe_bad
+from goal_ray.checkpoints import (
     OPTIMIZER_FILE,
     STATE_FILE,
     checkpoint_folders,
@@ -31,19 +25,29 @@ from goal_ray.train.checkpoint import (
     remove_partial,
     step_of,
 )
+from goal_ray.config import load_config, to_tree, to_yaml
+from goal_ray.errors import ConfigError, StageError
+from goal_ray.order import BatchOrder
+from goal_ray.ray_session import is_joined, keep_ray_data_here, quiet_ray_data, ray_session
+from goal_ray.run_folder import (
+    CONFIG_FILE,
+    MODEL_FOLDER,
+    SHARDS_FILE,
+    best_checkpoint,
+    read_result,
+    write_result,
+)
+from goal_ray.shard_urls import expand_shards, shard_name
+from goal_ray.storage import write_bytes
+from goal_ray.train.attempts import Attempts, cluster_resources, lacking, most_workers
 from goal_ray.train.config import TrainConfig
-from goal_ray.train.cost import COST_FILE, Cost
+from goal_ray.train.cost import Cost
 from goal_ray.train.evaluation import Evaluations
 from goal_ray.train.loggers import open_loggers
 from goal_ray.train.metrics import Metrics
-from goal_ray.train.recorder import METRICS_FILE, ProgressLine, RunRecorder
-from goal_ray.train.result import best_checkpoint, read_result, write_result
-from goal_ray.train.scan import QUARANTINE_FILE, describe_bad, index_shards
+from goal_ray.train.recorder import ProgressLine, RunRecorder
+from goal_ray.train.scan import scan_shards
 
-__all__ = ["CONFIG_FILE", "COST_FILE", "METRICS_FILE", "QUARANTINE_FILE", "TrainResult", "train"]
-CONFIG_FILE = "config.yaml"
-SHARDS_FILE = "shards.json"
-EXPORT_FOLDER = "model"
 RESUMABLE_CHANGES = {
     "data.shards",  # moved, that is: names and counts are compared
     "data.max_bad_share",
@@ -155,7 +159,7 @@ def is_complete(run_dir: Path, config: TrainConfig) -> bool:
 def finished_run(run_dir: Path) -> TrainResult:
     """What a run has come to, its model exported."""
     result = read_result(run_dir)
-    model_dir = export_model(best_checkpoint(run_dir), run_dir / EXPORT_FOLDER)
+    model_dir = export_model(best_checkpoint(run_dir), run_dir / MODEL_FOLDER)
     cost = Cost.read(run_dir).line()
     return TrainResult(run_dir, model_dir, result["steps"], result["seconds"], cost, result.get("best_step"))
 
@@ -174,7 +178,7 @@ def train_on_cluster(
         quiet_ray_data(preserve_order=True)
         keep_ray_data_here()
     line.show("scanning the shards")
-    counts, bad, indexes = index_shards(urls, config.loss.needs_pairs)
+    counts, bad, indexes = scan_shards(urls, config.loss.needs_pairs)
     samples = sum(counts) + len(bad)
     check_share(bad, samples, config.data.max_bad_share)
     order = BatchOrder(tuple(counts), config.global_batch, config.seed, config.data.shuffle_shards)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from goal_ray.bad_samples import bad_record
 from goal_ray.errors import ShardError
 from goal_ray.storage import read_range
 from goal_ray.tar_index import index_url, read_index
@@ -24,7 +25,6 @@ from goal_ray.tars import (
     image_extension,
 )
 
-QUARANTINE_FILE = "quarantine.jsonl"
 EXTENSIONS = (*IMAGE_EXTENSIONS, CAPTION_EXTENSION, PAIRS_EXTENSION)
 MEMBERS = 3
 
@@ -65,7 +65,7 @@ def scan_shard(url: str, needs_pairs: bool) -> ShardIndex:
         try:
             present = needed_members(sample, needs_pairs)
         except ShardError as error:
-            bad.append(bad_record(url, sample.key, "scan", error))
+            bad.append(bad_record(url, sample.key, "scan", str(error)))
             continue
         keys.append(sample.key.encode(errors="surrogateescape"))
         members.append([EXTENSIONS.index(extension) for extension in present])
@@ -102,16 +102,6 @@ def needed_members(sample: SampleIndex, needs_pairs: bool) -> tuple[str, str, st
 own_scan = lru_cache(maxsize=128)(scan_shard)
 
 
-def bad_record(url: str, key: str, stage: str, error: Exception) -> dict[str, str]:
-    """The quarantine's record of one sample."""
-    return {"shard": url, "key": key, "stage": stage, "reason": f"{type(error).__name__}: {error}"}
-
-
-def describe_bad(record: dict[str, str]) -> str:
-    """A quarantine record on one line."""
-    return f"{record['shard']}: {record['key']!r}: {record['reason']}"
-
-
 class Scan(NamedTuple):
     """What the scan of all shards found.
 
@@ -125,7 +115,7 @@ class Scan(NamedTuple):
     indexes: tuple[Any, ...]
 
 
-def index_shards(urls: Sequence[str], needs_pairs: bool) -> Scan:
+def scan_shards(urls: Sequence[str], needs_pairs: bool) -> Scan:
     """Scans the tars in parallel, on Ray. Raises ShardError on a corrupt tar."""
     import ray
 

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from goal_ray.checkpoints import OPTIMIZER_FILE, STATE_FILE, checkpoint_folder, file_mark
 from goal_ray.errors import StageError
 from goal_ray.model import LoadedModel, save_model
-from goal_ray.train.checkpoint import OPTIMIZER_FILE, STATE_FILE, checkpoint_folder, file_mark
 
 AVERAGES = ("exp_avg", "exp_avg_sq")
 SCALARS = ("logit_scale", "logit_bias")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from goal_ray.errors import ModelError
-from goal_ray.evaluate.embed import add_new, embed_shards, problem_of
+from goal_ray.evaluate.embed import add_new, embed_shards
 from goal_ray.evaluate.progress import Progress
 from goal_ray.model import load_model
 from goal_ray.plain_lines import LINE_EVERY_S
@@ -98,20 +98,6 @@ def test_where_no_terminal_is_a_line_tells_now_and_then_how_far_it_is(capsys):
         "evaluate goal: 30 %, 192 samples, 01:10 left",
         "evaluate goal: 60 %, 384 samples, 00:40 left",
     ]
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "same"),
-    [
-        ("sample 'a' has no picture", 'sample "b\'s" has no picture', True),
-        ("damaged PNG (50 bytes): <BytesIO at 0x7f3a>", "damaged PNG (8 bytes): <BytesIO at 0x11>", True),
-        ("a.tar: 'x': no pairs", "b.tar: 'y': no pairs", True),
-        ("caption of sample 'a' is empty", "sample 'a' has no picture", False),
-    ],
-)
-def test_a_problem_is_the_same_whatever_the_sample(one, other, same):
-    records = ({"shard": shard, "key": "", "reason": reason} for shard, reason in (("a.tar", one), ("b.tar", other)))
-    assert len({problem_of(record) for record in records}) == (1 if same else 2)
 
 
 def test_bf16_gives_the_rows_of_fp32_to_its_rounding(loaded, tars):

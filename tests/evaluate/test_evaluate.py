@@ -14,12 +14,11 @@ from PIL import Image
 from goal_ray.errors import StageError
 from goal_ray.evaluate.__main__ import main
 from goal_ray.evaluate.run import evaluate, print_table, resolve_model, result_place
+from goal_ray.metric_names import DIRECTIONS
 from goal_ray.retrieval import retrieval_metrics
 from goal_ray.settings import OPEN_CLIP_WEIGHTS
 from goal_ray.tar_places import index_shard
 from goal_ray.tars import stream_samples, write_tar
-
-DIRECTIONS = ("text_to_image", "image_to_text")
 
 
 def png(colour: str, size: tuple[int, int] = (20, 10)) -> bytes:
@@ -162,7 +161,7 @@ def test_more_bad_samples_than_allowed_fail_the_evaluation(model, damaged, tmp_p
 
 def test_shards_without_one_usable_sample_are_refused(model, tmp_path):
     write_tar(str(tmp_path / "a.tar"), iter([("7", {"txt": b"Nothing."})]))
-    with pytest.raises(StageError, match=r"no usable sample in 1 shards; .*a\.tar: '7': sample '7' has no picture"):
+    with pytest.raises(StageError, match=r"no usable sample in 1 shards; .*a\.tar: '7' \(decode\): sample '7' has no picture"):
         evaluate(model, str(tmp_path), max_bad_share=1)
 
 
@@ -172,7 +171,7 @@ def test_the_most_frequent_problem_is_told_with_its_share_and_one_example(model,
         **{f"n{number}": {"png": b"%d junk" % number, "txt": b"x"} for number in range(3)},
     }
     write_tar(str(tmp_path / "a.tar"), iter(broken.items()))
-    example = r"for example .*a\.tar: 'n0': not a JPEG, PNG or WebP picture"
+    example = r"for example .*a\.tar: 'n0' \(decode\): not a JPEG, PNG or WebP picture"
     with pytest.raises(StageError, match=rf"no usable sample .*; the most frequent problem \(3 of 4\), {example}"):
         evaluate(model, str(tmp_path))
     write_tar(str(tmp_path / "b.tar"), iter([("good", pair("red", "Red."))]))
@@ -206,6 +205,17 @@ def test_the_table_of_all_metrics_fits_80_columns(capsys):
     assert len(table) == 7
     assert max(map(len, (head, *table))) <= 80
     assert all(line.endswith("   100.00" * 5 + " 123456.5") for line in table[1:])
+
+
+def test_the_table_has_the_recalls_that_only_a_larger_ranking_has(capsys):
+    few, many = ({"R@1": 50.0, **more, "mAP": 50.0, "median_rank": 1.5} for more in ({}, {"R@5": 75.0}))
+    small, large = dict.fromkeys(DIRECTIONS, few), dict.fromkeys(DIRECTIONS, many)
+    counts = {"count": 4, "pictures": 4, "captions": 4, "repeated": 0, "skipped": []}
+    print_table({**small, "local": small, "joint": large, **counts, "device": "cpu", "seconds": 1.0})
+    _, head, first, *_, last = capsys.readouterr().out.splitlines()
+    assert head.split() == ["R@1", "R@5", "mAP", "median"]
+    assert first.split()[3:] == ["50.00", "–", "50.00", "1.5"]
+    assert last.split()[4:] == ["50.00", "75.00", "50.00", "1.5"]
 
 
 @pytest.mark.parametrize(

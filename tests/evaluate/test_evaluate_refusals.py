@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from goal_ray.checkpoints import OPTIMIZER_FILE, STATE_FILE, file_mark
 from goal_ray.errors import ConfigError, GoalRayError, ModelError, ShardError, StageError
 from goal_ray.evaluate.run import evaluate
 from goal_ray.settings import OPEN_CLIP_WEIGHTS
-from goal_ray.train.checkpoint import OPTIMIZER_FILE, STATE_FILE, file_mark
 
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "no-such-folder", "no-such.json"])

@@ -6,9 +6,9 @@ from typing import Any
 
 from tiny_architecture import shake
 
+from goal_ray.checkpoints import OPTIMIZER_FILE, STATE_FILE
 from goal_ray.config import load_config, to_yaml
 from goal_ray.model import load_model, save_model
-from goal_ray.train.checkpoint import OPTIMIZER_FILE, STATE_FILE
 from goal_ray.train.config import TrainConfig
 
 

@@ -9,11 +9,11 @@ import torch
 from export_inputs import write_run
 from tiny_architecture import write_architecture
 
+from goal_ray.checkpoints import resolve_checkpoint
 from goal_ray.errors import StageError
 from goal_ray.export.run import export
 from goal_ray.model import encode_text, load_model
 from goal_ray.settings import OPEN_CLIP_WEIGHTS, ModelConfig
-from goal_ray.train.checkpoint import resolve_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -45,11 +45,11 @@ def run_stage(folder: Path, config, resume_from: Path | None, rank: int, save: b
 
     Every micro-batch of a step is the same one.
     """
+    from goal_ray.checkpoints import step_of
     from goal_ray.losses import GoalModel
     from goal_ray.model import load_model
     from goal_ray.settings import ModelConfig
     from goal_ray.step import prepare_step
-    from goal_ray.train.checkpoint import step_of
     from goal_ray.train.engine import build_engine, freeze_tower, set_learning_rate
     from goal_ray.train.loop import train_step
     from goal_ray.train.state import CheckpointWriter, allocate_averages, load_averages

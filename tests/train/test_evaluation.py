@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from goal_ray.metric_names import by_dotted_name
+from goal_ray.run_folder import HISTORY_FILE
 from goal_ray.train.config import EvaluationConfig
-from goal_ray.train.evaluation import HISTORY_FILE, Evaluations, flatten
+from goal_ray.train.evaluation import Evaluations
 
 METRIC = "text_to_image.R@1"
 
@@ -77,7 +79,7 @@ def test_a_metric_that_the_held_out_set_is_too_small_for_costs_no_run(tmp_path):
 
 def test_metrics_have_dotted_names():
     ranking = {"text_to_image": {"R@1": 1.0}, "image_to_text": {"R@1": 2.0}}
-    assert flatten({**ranking, "count": 9, "joint": ranking}) == {
+    assert by_dotted_name({**ranking, "count": 9, "joint": ranking}) == {
         "text_to_image.R@1": 1.0,
         "image_to_text.R@1": 2.0,
         "joint.text_to_image.R@1": 1.0,

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from goal_ray.errors import StageError
 from goal_ray.settings import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
 
+CHECKPOINTS_FOLDER = "checkpoints"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 CHUNK_BYTES = 1 << 24
@@ -23,19 +24,19 @@ CHUNK_BYTES = 1 << 24
 
 def checkpoint_folders(run_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    return sorted(path.parent for path in (run_dir / "checkpoints").glob(f"step-*/{STATE_FILE}"))
+    return sorted(path.parent for path in (run_dir / CHECKPOINTS_FOLDER).glob(f"step-*/{STATE_FILE}"))
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
     """Where the checkpoint after `step` steps lies."""
-    return run_dir / "checkpoints" / f"step-{step:08d}"
+    return run_dir / CHECKPOINTS_FOLDER / f"step-{step:08d}"
 
 
 def resolve_checkpoint(path: Path) -> Path:
     """A model folder: `path` itself, or a run's newest checkpoint. Raises StageError where there is neither."""
     if not path.is_dir():
         raise StageError(f"{path}: no such folder")
-    if (path / "checkpoints").is_dir():
+    if (path / CHECKPOINTS_FOLDER).is_dir():
         folders = checkpoint_folders(path)
         if not folders:
             raise StageError(f"{path}: the run has no complete checkpoint yet")
@@ -79,7 +80,7 @@ def saved_log(folder: Path) -> list[dict[str, Any]]:
 
 def remove_partial(run_dir: Path) -> None:
     """Deletes what a killed run left of a checkpoint that it was writing."""
-    for folder in (run_dir / "checkpoints").glob(".step-*.tmp"):
+    for folder in (run_dir / CHECKPOINTS_FOLDER).glob(".step-*.tmp"):
         shutil.rmtree(folder)
 
 
@@ -135,6 +136,6 @@ def prune_checkpoints(run_dir: Path, keep: int, needed: Collection[int]) -> None
             # Without its state file it is no checkpoint any more, should this be interrupted.
             (folder / STATE_FILE).unlink()
             shutil.rmtree(folder)
-    for folder in (run_dir / "checkpoints").glob("step-*"):
+    for folder in (run_dir / CHECKPOINTS_FOLDER).glob("step-*"):
         if not (folder / STATE_FILE).exists():
             shutil.rmtree(folder)

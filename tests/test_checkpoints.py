@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from goal_ray.checkpoints import file_mark, find_damage, newest_intact, prune_checkpoints, remove_partial
 from goal_ray.errors import StageError
-from goal_ray.train.checkpoint import file_mark, find_damage, newest_intact, prune_checkpoints, remove_partial
 from goal_ray.train.config import EvaluationConfig
 from goal_ray.train.evaluation import Evaluations
 from goal_ray.train.run import export_model
