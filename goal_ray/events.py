@@ -7,12 +7,23 @@ messages around it say the same to people.
 
 import logging
 import os
+import sys
 from typing import Any
+
+from tqdm import tqdm
 
 
 def wants_json() -> bool:
     """Whether log records are to be JSON lines."""
     return os.environ.get("GOAL_RAY_LOG") == "json"
+
+
+def say(stage: str, run: str, text: str) -> None:
+    """Says on stderr what people should know of a run; as a log record where those are wanted."""
+    if wants_json():
+        event(stage, run, text, logging.WARNING)
+    else:
+        tqdm.write(text, file=sys.stderr)
 
 
 def event(stage: str, run: str, message: str, level: int = logging.INFO, **fields: Any) -> None:

@@ -1,4 +1,4 @@
-"""JSON Lines files that a killed program leaves readable: a line counts once its end is written."""
+"""JSON Lines files that a killed program leaves readable: a torn last line does not count."""
 
 import json
 import os
@@ -12,11 +12,12 @@ from goal_ray.errors import StageError
 def read_records(path: Path, keys: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The records of a file, which must have `keys`; none where the file is missing.
 
-    A last line without its end is left out: its writer goes on, or was killed. Raises StageError, naming file and line,
-    for any other line that is not a record.
+    A torn last line is left out: its writer goes on, or was killed. Raises StageError, naming file and line, for any
+    other line that is not a record.
     """
     # Bytes: a key may hold a sign that str.splitlines takes for a line's end, and a torn line may end inside a sign.
-    *lines, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    *lines, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    lines += [last] if is_whole(last) else []
     records = []
     for number, line in enumerate(lines, 1):
         try:
@@ -39,5 +40,18 @@ def append_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
-                file.truncate(path.read_bytes().rfind(b"\n") + 1)
+                data = path.read_bytes()
+                begin = data.rfind(b"\n") + 1
+                if is_whole(data[begin:]):
+                    file.write(b"\n")
+                else:
+                    file.truncate(begin)
         file.write(text)
+
+
+def is_whole(last: bytes) -> bool:
+    """Whether a last line lacks its end alone: no part of a JSON object, but the whole, is one."""
+    try:
+        return isinstance(json.loads(last), dict)
+    except ValueError:
+        return False

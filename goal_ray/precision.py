@@ -17,6 +17,13 @@ def dtype(precision: Precision) -> "torch.dtype":
     return found
 
 
+def full_fp32() -> None:
+    """Has fp32 mean fp32: torch lets convolutions on GPUs use TF32 by default, and matrix products not."""
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def autocast(device: "torch.device", precision: Precision) -> "torch.autocast":
     """A block in which the model's matrix products run in `precision`; fp32 changes nothing."""
     import torch

@@ -9,6 +9,7 @@ such file, no rights, no room, refused by a server) is raised at once.
 import errno
 import io
 import logging
+import math
 import os
 import re
 import time
@@ -16,6 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -40,6 +42,7 @@ OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", 
 NAME_CHARS = 40  # of 4 bytes at most: with what a temporary name adds they fit into the 255 bytes of a name
 Result = TypeVar("Result")
 log = logging.getLogger(__name__)
+_at_most_s: ContextVar[float] = ContextVar("_at_most_s", default=math.inf)
 
 
 def may_pass(error: BaseException) -> bool:
@@ -69,19 +72,30 @@ def patiently(request: Callable[[], Result], url: str) -> Result:
 
     The pauses are random and grow to half a minute, so that a thousand workers do not come back at the same moment.
     """
+    patience_s = min(PATIENCE_S, _at_most_s.get())
 
     def say(state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
-        left_s = max(0.0, PATIENCE_S - (state.seconds_since_start or 0))
+        left_s = max(0.0, patience_s - (state.seconds_since_start or 0))
         log.warning("%s: %s: %s; trying again for %.0f s", url, type(error).__name__, error, left_s)
 
     return tenacity.Retrying(
         retry=tenacity.retry_if_exception(may_pass),
         wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
-        stop=tenacity.stop_after_delay(PATIENCE_S),
+        stop=tenacity.stop_after_delay(patience_s),
         before_sleep=say,
         reraise=True,
     )(request)
+
+
+@contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """A block that can do without what it asks for: its requests, in this thread, are repeated for so long at most."""
+    token = _at_most_s.set(seconds)
+    try:
+        yield
+    finally:
+        _at_most_s.reset(token)
 
 
 def file_system(url: str) -> tuple[Any, str]:

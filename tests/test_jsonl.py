@@ -28,6 +28,14 @@ def test_what_is_added_behind_a_torn_line_can_be_read(tmp_path, torn):
     assert [record["key"] for record in read_records(path)] == ["a", "b", "caf\udce9", "d"]
 
 
+def test_a_last_line_that_lacks_its_end_alone_is_a_record(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}')
+    assert [record["step"] for record in read_records(path)] == [1, 2]
+    append_records(path, [{"step": 3}])
+    assert [record["step"] for record in read_records(path)] == [1, 2, 3]
+
+
 @pytest.mark.parametrize("line", ["", '{"key": "c', "[]", "3", '{"other": 1}'])
 def test_a_damaged_line_that_has_its_end_is_named(tmp_path, line):
     path = tmp_path / "metrics.jsonl"

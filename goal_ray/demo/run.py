@@ -2,7 +2,6 @@
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from goal_ray.config import load_config
 from goal_ray.demo.accuracy import lism_accuracy
 from goal_ray.evaluate.run import evaluate
+from goal_ray.events import say
 from goal_ray.lism.config import LismConfig
 from goal_ray.lism.gallery import GALLERY_FILE
 from goal_ray.lism.run import run_lism
@@ -125,7 +125,7 @@ def run_seed(folder: Path, seed: int) -> dict[str, Any]:
 def say_stage(seed: int, stage: str) -> None:
     """Tells, above the stage's own progress, how far the demo is."""
     number = list(STAGES).index(stage) + 1
-    print(f"seed {seed}, stage {number} of {len(STAGES)}: {STAGES[stage]}", file=sys.stderr, flush=True)
+    say("demo", f"seed-{seed}", f"seed {seed}, stage {number} of {len(STAGES)}: {STAGES[stage]}")
 
 
 def fit(recipe: str, folder: Path, seed: int, shards: str, model: str, more: Sequence[str] = ()) -> TrainResult:

@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         precision=options.precision,
     )
     print_table(result)
-    place = result_place(options.checkpoint, options.shards, options.out)
+    place = result_place(options.checkpoint, options.shards, options.out, options.precision)
     if place is not None:
         print(f"written to {place}")
 

@@ -19,7 +19,7 @@ from goal_ray.geometry import PixelGeometry, outer_box
 from goal_ray.images import decode_image
 from goal_ray.model import LoadedModel, encode_image, encode_text
 from goal_ray.pairs import best_pairs, read_pairs
-from goal_ray.precision import Precision, autocast
+from goal_ray.precision import Precision, autocast, full_fp32
 from goal_ray.settings import ResizeConfig
 from goal_ray.storage import sizes_bytes
 from goal_ray.tars import Sample, stream_samples
@@ -87,6 +87,7 @@ def embed_shards(
     A picture or caption that stands in several samples is one picture or caption: two rows of it would tie, and neither
     could ever be found first. Raises StageError where no sample is usable.
     """
+    full_fp32()
     clip = loaded.clip.eval().to(device)
     mean = torch.tensor(loaded.preprocess["mean"], device=device).view(3, 1, 1)
     std = torch.tensor(loaded.preprocess["std"], device=device).view(3, 1, 1)

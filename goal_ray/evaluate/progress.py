@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
+from goal_ray.events import wants_json
 from goal_ray.plain_lines import PlainLines
 
 
@@ -13,7 +14,8 @@ class Progress:
 
     def __init__(self, title: str, total_bytes: int, clock: Callable[[], float] = time.monotonic):
         self.title, self.total_bytes, self.clock, self.began = title, total_bytes, clock, clock()
-        self.bar = tqdm(desc=title, total=total_bytes, unit="B", unit_scale=True, dynamic_ncols=True, disable=None)
+        hidden = True if wants_json() else None  # a bar between JSON lines would break them
+        self.bar = tqdm(desc=title, total=total_bytes, unit="B", unit_scale=True, dynamic_ncols=True, disable=hidden)
         self.lines = PlainLines(clock)
 
     def __enter__(self) -> "Progress":

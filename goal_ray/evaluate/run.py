@@ -67,7 +67,7 @@ def evaluate(
     urls = expand_shards(shards)
     device = usable_device(device)
     name = resolve_model(checkpoint, weights)
-    place = result_place(checkpoint, shards, out)
+    place = result_place(checkpoint, shards, out, precision)
     if place is not None:
         claim_place(place)
     refuse_damaged(Path(name))
@@ -123,16 +123,17 @@ def resolve_model(checkpoint: str, weights: str | None) -> str:
     return checkpoint
 
 
-def result_place(checkpoint: str, shards: str, out: str | None) -> str | None:
+def result_place(checkpoint: str, shards: str, out: str | None, precision: Precision = "fp32") -> str | None:
     """Where the JSON goes: `out`; for a run folder by default RUN/evaluation/NAME.json, else nowhere.
 
-    NAME is the last part of `shards` that holds more than signs of a pattern: `test` for `docci/test/*.tar`. Where a
-    result of other shards has that name, a digest of these is added to it.
+    NAME is the last part of `shards` that holds more than signs of a pattern: `test` for `docci/test/*.tar`, and
+    `test-bf16` for that in another precision than fp32. Where a result of other shards has that name, a digest of these
+    is added to it.
     """
     if out is not None or not (Path(checkpoint) / CHECKPOINTS_FOLDER).is_dir():
         return out
     parts = [re.sub(r"[^\w.-]+", "_", part.removesuffix(".tar")).strip("._-") for part in shards.split("/")]
-    stem = next(filter(None, reversed(parts)), "shards")
+    stem = next(filter(None, reversed(parts)), "shards") + (f"-{precision}" if precision != "fp32" else "")
     place = Path(checkpoint) / EVALUATION_FOLDER / f"{stem}.json"
     if place.exists() and read_shards(place) != shards:
         place = place.with_name(f"{stem}-{blake2b(shards.encode(), digest_size=4).hexdigest()}.json")

@@ -78,7 +78,8 @@ def run_values(run_dir: Path, checkpoint: Path) -> dict[str, Any]:
     step = read_object(checkpoint / STATE_FILE).get("step")
     logged = [record for record in run.metrics if step is None or record["step"] <= step]
     evaluations = [evaluation for evaluation in run.evaluations if is_of(evaluation.model, checkpoint, run_dir)]
-    run = replace(run, metrics=logged, evaluations=evaluations)
+    history = [record for record in run.history if step is None or record["step"] <= step]
+    run = replace(run, metrics=logged, history=history, evaluations=evaluations)
     return {
         "run": run,
         "settings": settings(run),

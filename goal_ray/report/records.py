@@ -21,8 +21,9 @@ from goal_ray.run_folder import (
     HISTORY_FILE,
     METRICS_FILE,
     QUARANTINE_FILE,
+    read_result,
 )
-from goal_ray.storage import join, read_bytes
+from goal_ray.storage import join, patience, read_bytes
 from goal_ray.train.config import TrainConfig
 
 
@@ -67,6 +68,7 @@ class Evaluation:
     image_to_text: dict[str, float]
     count: int
     skipped: list[dict[str, str]]
+    precision: str = "fp32"
     local: Retrieval | None = None
     joint: Retrieval | None = None
 
@@ -95,6 +97,7 @@ class RunRecords:
     config_yaml  the resolved config as stored
     metrics      log records, oldest first; empty before the first log line
     history      of every checkpoint that was evaluated while the run trained: its step and metrics by dotted names
+    best_step    of the checkpoint that training chose; None before its end, and without evaluations
     cost         what the run has cost so far, as stored; empty where that is not known
     quarantine   a record for every bad sample
     """
@@ -105,22 +108,26 @@ class RunRecords:
     config_yaml: str
     metrics: list[dict[str, Any]]
     history: list[dict[str, Any]]
+    best_step: int | None
     evaluations: list[Evaluation]
     cost: dict[str, Any]
     quarantine: list[dict[str, Any]]
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """Step and value of the best evaluation by `evaluation.metric`, the earliest of equals; None before the first.
+        """Step and value, by `evaluation.metric`, of the checkpoint that training chose, or would choose of these.
 
-        It is the one that training chooses.
+        None before the first evaluation.
         """
         metric = self.config.evaluation.metric
         values = {record["step"]: record[metric] for record in self.history if metric in record}
+        if self.best_step is not None and self.best_step in values:  # a better one may have been damaged
+            return self.best_step, values[self.best_step]
         sign = -1 if self.config.evaluation.lower_is_better else 1
         return max(sorted(values.items()), key=lambda item: sign * item[1], default=None)
 
 
+PATIENCE_S = 5.0  # for a storage without which there is a report, too
 _EVALUATION = TypeAdapter(Evaluation)
 _LISM = TypeAdapter(LismSummary)
 
@@ -152,6 +159,7 @@ def read_run(folder: Path, name: str) -> RunRecords:
         (folder / CONFIG_FILE).read_text(encoding="utf-8"),
         read_records(folder / METRICS_FILE, ("step", "total_steps", "loss", "seconds")),
         read_records(folder / HISTORY_FILE, ("step",)),
+        read_result(folder).get("best_step"),
         [read_evaluation(path) for path in sorted((folder / EVALUATION_FOLDER).glob("*.json"))],
         read_object(folder / COST_FILE),
         read_records(folder / QUARANTINE_FILE, ("shard", "stage", "reason")),
@@ -189,7 +197,8 @@ def read_lism_summary(shards: str) -> LismSummary | None:
     names_files = re.search(r"(\.tar|[*?\[{][^/]*)$", shards)
     folder = (shards.rpartition("/")[0] or ".") if names_files else shards
     try:
-        return _LISM.validate_json(read_bytes(join(folder, SUMMARY_FILE)))
+        with patience(PATIENCE_S):
+            return _LISM.validate_json(read_bytes(join(folder, SUMMARY_FILE)))
     # Of other shards, of another version, or on a storage that is out of reach, each with errors of its own.
     except Exception:
         return None

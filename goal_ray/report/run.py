@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from goal_ray.errors import GoalRayError, StageError
+from goal_ray.errors import StageError
 from goal_ray.metric_names import METRICS
 from goal_ray.pages.render import render_page
 from goal_ray.report.curves import draw_curves, draw_held_out
 from goal_ray.report.gallery import Gallery, draw_gallery
-from goal_ray.report.records import RunRecords, read_lism_summary, read_runs
+from goal_ray.report.records import PATIENCE_S, RunRecords, read_lism_summary, read_runs
 from goal_ray.report.tables import cost, kinds_of_reasons, metrics_tables, settings, side_by_side
-from goal_ray.storage import write_bytes
+from goal_ray.storage import patience, write_bytes
 
 REPORT_FILE = "report.html"
 TEMPLATE = "report/report.html.j2"
@@ -77,9 +77,9 @@ def find_gallery(runs: Sequence[RunRecords], shards: str | None, images: int, se
         if not paired:
             return Gallery(""), "no run was trained on local pairs; choose paired shards with --shards"
         try:
-            gallery = draw_gallery(paired[-1].config.data.shards, images, seed)
-        # The run's storage may be out of reach from here, or lack its driver: ImportError, ValueError.
-        except (GoalRayError, OSError, ImportError, ValueError) as error:
+            with patience(PATIENCE_S):
+                gallery = draw_gallery(paired[-1].config.data.shards, images, seed)
+        except Exception as error:  # the run's storage may be out of reach from here, or lack its driver
             return Gallery(paired[-1].config.data.shards), f"{error}; choose paired shards with --shards"
     if gallery.pictures or images == 0:
         return gallery, "" if gallery.pictures else "--images 0"

@@ -95,16 +95,22 @@ Measured = tuple[int, Evaluation, Retrieval]
 
 
 def metrics_tables(runs: Sequence[RunRecords]) -> list[MetricsTable]:
-    """A table for each ranking of each evaluated shards, in the order in which they come."""
-    groups: dict[tuple[str, str], list[Measured]] = {}
+    """A table for each ranking and precision of each evaluated shards, in the order in which they come."""
+    groups: dict[tuple[str, str, str], list[Measured]] = {}
     for number, run in enumerate(runs):
         for evaluation in run.evaluations:
             for name, retrieval in evaluation.rankings.items():
-                groups.setdefault((evaluation.shards.rstrip("/"), name), []).append((number, evaluation, retrieval))
-    return [metrics_table(runs, shards, RANKINGS[name], group) for (shards, name), group in groups.items()]
+                key = evaluation.shards.rstrip("/"), name, evaluation.precision
+                groups.setdefault(key, []).append((number, evaluation, retrieval))
+    return [
+        metrics_table(runs, group, shards, RANKINGS[name], precision)
+        for (shards, name, precision), group in groups.items()
+    ]
 
 
-def metrics_table(runs: Sequence[RunRecords], shards: str, ranking: Ranking, group: Sequence[Measured]) -> MetricsTable:
+def metrics_table(
+    runs: Sequence[RunRecords], group: Sequence[Measured], shards: str, ranking: Ranking, precision: str
+) -> MetricsTable:
     """The table of one group of evaluations; sizes are told run by run only where they differ."""
     sizes = [f"{found.count:,} pairs, {len(evaluation.skipped):,} skipped" for _, evaluation, found in group]
     if len(set(sizes)) > 1:
@@ -113,7 +119,8 @@ def metrics_table(runs: Sequence[RunRecords], shards: str, ranking: Ranking, gro
         ranking.text_to_image: metrics_rows(group, [found.text_to_image for *_, found in group]),
         ranking.image_to_text: metrics_rows(group, [found.image_to_text for *_, found in group]),
     }
-    return MetricsTable(shards, ranking.title, "; ".join(dict.fromkeys(sizes)), directions)
+    title = ranking.title + (f", in {precision}" if precision != "fp32" else "")
+    return MetricsTable(shards, title, "; ".join(dict.fromkeys(sizes)), directions)
 
 
 def metrics_rows(group: Sequence[Measured], values: Sequence[Mapping[str, float]]) -> list[MetricsRow]:

@@ -220,6 +220,7 @@ class Attempts:
         self.looked_around = now
         leaving = draining_nodes()
         if ray.get_runtime_context().get_node_id() in leaving:  # this process ends with its node, whatever it does
+            self.recorder.line.say("the driver's node is about to go: saving a checkpoint, to go on from with --resume")
             self.interrupted.set()
             return "interrupted"
         if self.nodes & leaving:
@@ -265,7 +266,7 @@ class Attempts:
         began = time.monotonic()
         while not all(fewest.found()):
             if self.interrupted.is_set():
-                raise StageError("ended by a signal while waiting for nodes; go on with --resume")
+                raise StageError("interrupted while waiting for nodes; go on with --resume")
             lack = lacking(self.config, self.use_gpu, self.config.worker_counts[0], cluster_resources())
             lack = lack or "other work holds the places"
             waited_s = time.monotonic() - began

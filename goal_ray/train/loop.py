@@ -23,6 +23,7 @@ from goal_ray.gradcache import cached_gradients
 from goal_ray.losses import GoalModel
 from goal_ray.model import LoadedModel, load_model
 from goal_ray.order import BatchOrder
+from goal_ray.precision import full_fp32
 from goal_ray.run_folder import QUARANTINE_FILE
 from goal_ray.settings import ModelConfig, ResizeConfig
 from goal_ray.step import prepare_step
@@ -96,8 +97,7 @@ def run_steps(job: Job, rank: int, ranks: int, device: torch.device) -> None:
     reader = BatchReader(job.urls, order, rank, ranks, config.accumulate, builder, job.indexes, multiple)
     packed = read_batches(job, reader, first_step * config.accumulate, total_steps * config.accumulate)
     writer = CheckpointWriter(job.run_dir, lambda step: job.send({"saved": step}))
-    # torch lets convolutions use TF32 by default, and matrix products not: fp32 is to mean one thing.
-    torch.backends.cudnn.allow_tf32 = False
+    full_fp32()
     # The feed starts to read while the engine is built.
     with closing(Feed(packed, config.chunks(ranks), config.accumulate, device, job.stopping, multiple)) as feed:
         prepare_step(loaded.clip, config.step)

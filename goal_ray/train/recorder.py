@@ -2,7 +2,6 @@
 
 import json
 import logging
-import sys
 import time
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -11,7 +10,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from goal_ray.events import event, wants_json
+from goal_ray.events import event, say, wants_json
 from goal_ray.jsonl import append_records, read_records
 from goal_ray.plain_lines import PlainLines
 from goal_ray.run_folder import METRICS_FILE, QUARANTINE_FILE
@@ -79,8 +78,8 @@ class ProgressLine:
         self._draw(at_once=first or self.step == self.total_steps)
 
     def say(self, text: str) -> None:
-        """Prints a line above this one."""
-        tqdm.write(text, file=sys.stderr)
+        """Says something above this line."""
+        say("train", self.name, text)
 
     def tick(self) -> None:
         """Moves the clock."""

@@ -216,14 +216,12 @@ def train_on_cluster(
         ending = attempts.run(resume_from) if first_step < total_steps else "finished"
         step = step_of(checkpoint_folders(run_dir)[-1])
         if ending == "interrupted":
-            raise StageError(
-                f"ended by a signal after step {step} of {total_steps}, which is saved; go on with --resume"
-            )
+            raise StageError(f"interrupted after step {step} of {total_steps}, which is saved; go on with --resume")
         check_share(list(recorder.bad.values()), samples, config.data.max_bad_share)
         if config.evaluation.shards is not None:
             line.show("evaluating")
         if not evaluations.finish(line.tick, interrupted.is_set):
-            raise StageError(f"ended by a signal before all {len(evaluations.needed)} evaluations; go on with --resume")
+            raise StageError(f"interrupted before all {len(evaluations.needed)} evaluations; go on with --resume")
         prune_checkpoints(run_dir, config.keep_checkpoints, evaluations.needed)
         recorder.count_time()
         write_result(run_dir, step, recorder.seconds, ending, evaluations.best)

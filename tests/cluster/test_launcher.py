@@ -85,7 +85,7 @@ def test_ray_adds_no_commands_of_its_own_to_ours(path):
 def test_the_lines_for_a_private_registry_are_commands_once_the_sign_is_taken_away(path):
     text = path.read_text()
     before = yaml.safe_load(text)["initialization_commands"]
-    after = yaml.safe_load(re.sub(r"^  # (- |  )", r"  \1", text, flags=re.MULTILINE))
+    after = yaml.safe_load(re.sub(r"^  #(- |  )", r"  \1", text, flags=re.MULTILINE))
     validate_config(prepare_config(after))
     *same, login = after["initialization_commands"]
     assert same == before

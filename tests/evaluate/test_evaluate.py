@@ -232,6 +232,13 @@ def test_the_default_file_is_named_after_the_shards(run, shards, name):
     assert result_place(str(run), shards, None) == str(run / "evaluation" / f"{name}.json")
 
 
+def test_a_result_in_another_precision_leaves_that_in_fp32(run, scenes):
+    for precision in ("fp32", "bf16"):
+        evaluate(str(run), f"{scenes}/scenes-000000.tar", precision=precision)
+    found = {path.name: json.loads(path.read_text())["precision"] for path in (run / "evaluation").iterdir()}
+    assert found == {"scenes-000000.json": "fp32", "scenes-000000-bf16.json": "bf16"}
+
+
 def test_results_of_other_shards_with_the_same_name_stay(run):
     first = Path(result_place(str(run), "docci/test", None))
     first.parent.mkdir()

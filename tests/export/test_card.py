@@ -137,6 +137,14 @@ def test_the_best_step_of_the_held_out_evaluations_is_told(tiny_clip, tmp_path):
     assert found["best"] == ["step 20 (text → image R@1 7.00)"]
 
 
+def test_the_card_of_an_earlier_checkpoint_tells_nothing_of_later_ones(tiny_clip, tmp_path):
+    run = write_run(tmp_path / "goal", f"model.name={tiny_clip}", "evaluation.shards=held-out")
+    records = [{"step": step, "text_to_image.R@1": share} for step, share in ((20, 6.0), (40, 7.0))]
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    early = export(str(run / "checkpoints" / "step-00000020"), "open_clip", str(tmp_path / "early"))
+    assert rows((early / "README.md").read_text())["best"] == ["step 20 (text → image R@1 6.00)"]
+
+
 def test_sentences_and_regions_have_directions_of_their_own(run, tmp_path):
     write_evaluation(run, "test", str(run / "checkpoints" / "step-00000040"), 22.0)
     path = run / "evaluation" / "test.json"

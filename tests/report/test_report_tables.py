@@ -6,8 +6,11 @@ import pytest
 from html_page import read_page, section
 from report_inputs import add_cost, add_evaluation, add_history, add_quarantine, log_record
 
-from goal_ray.report.records import LismSummary, read_lism_summary
+from goal_ray.report import records
+from goal_ray.report import run as report_run
+from goal_ray.report.records import LismSummary, read_lism_summary, read_run
 from goal_ray.report.run import KINDS_SHOWN, write_report
+from goal_ray.report.tables import metrics_tables
 
 GLOBAL_ONLY = ("loss.weight_local=0", "loss.weight_tsl_image=0", "loss.weight_tsl_text=0")
 
@@ -45,6 +48,34 @@ def test_the_best_step_of_the_held_out_evaluations_is_told(make_run):
     rows = {row.find("th")[0].text: [cell.text for cell in row.find("td")] for row in settings.find("tr")[1:]}
     assert rows["held-out shards"] == ["held-out/", "–"]
     assert rows["best"] == ["step 20 (text → image R@1 9.50)", "–"]
+
+
+def test_the_best_of_a_finished_run_is_the_one_that_training_chose(make_run):
+    run = make_run(settings=("evaluation.shards=held-out",))
+    add_history(run, *({"step": step, "text_to_image.R@1": share} for step, share in ((10, 5.0), (20, 9.5), (30, 9.0))))
+    (run / "result.json").write_text('{"steps": 40, "seconds": 1.0, "ending": "finished", "best_step": 30}')
+    assert read_run(run, "run").best == (30, 9.0)
+
+
+def test_evaluations_in_different_precisions_are_not_compared(make_run):
+    run = make_run()
+    add_evaluation(run, "test")
+    add_evaluation(run, "test-bf16", shards="shards/test/", precision="bf16")
+    tables = metrics_tables([read_run(run, "run")])
+    assert [table.title for table in tables] == ["captions and pictures, in bf16", "captions and pictures"]
+    assert not any(best for table in tables for rows in table.directions.values() for _, best in rows[0].cells)
+
+
+def test_a_storage_out_of_reach_does_not_hold_up_a_report(make_run, s3, s3_server, monkeypatch):
+    monkeypatch.setattr(report_run, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(records, "PATIENCE_S", 0.2)
+    folder = make_run(settings=(f"data.shards={s3}/*.tar",))
+    s3_server.stop()
+    try:
+        page = write_report([str(folder)], images=1)
+    finally:
+        s3_server.start()
+    assert "choose paired shards with --shards" in page.note
 
 
 def test_of_ranks_the_lowest_is_the_best(make_run):

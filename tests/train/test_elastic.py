@@ -130,5 +130,5 @@ def test_a_run_goes_on_without_a_node_that_died_and_takes_one_that_comes(cluster
         run.wait(lambda run: len(run.steps) > reached + 10)
         run.driver.terminate()
         run.finish(status=2)
-        assert "ended by a signal after step" in run.said
+        assert "interrupted after step" in run.said
     assert run.steps == list(range(1, len(run.steps) + 1))

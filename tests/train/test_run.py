@@ -218,7 +218,7 @@ def test_a_signalled_run_saves_ends_and_goes_on_past_a_damaged_checkpoint(undist
         driver.send_signal(signal.SIGTERM)
         _, said = driver.communicate(timeout=120)
     assert driver.returncode == 2
-    step = int(re.search(r"ended by a signal after step (\d+) of 24, which is saved; go on with --resume", said)[1])
+    step = int(re.search(r"interrupted after step (\d+) of 24, which is saved; go on with --resume", said)[1])
     assert 3 <= step < STEPS
     newest = run_dir / "checkpoints" / f"step-{step:08d}" / "optimizer.safetensors"
     data = bytearray(newest.read_bytes())
