@@ -1,5 +1,6 @@
 """`shards make` tells what a source is, and refuses what is none."""
 
+import socket
 import tarfile
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -129,6 +130,21 @@ def test_a_dead_link_costs_its_row_and_a_server_that_is_busy_is_asked_again(web,
     make(listed(tmp_path / "in", *(f"{web}/{status}/a.png" for status in statuses)), tmp_path / "out")
     assert [key.split("/")[1] for key in samples_in(tmp_path / "out")] == ["200", "503-once", "429-once"]
     assert [kind for _, kind in skipped(tmp_path / "out")] == ["unreadable"] * 3
+
+
+def test_a_host_that_is_gone_costs_its_row(web, tmp_path, monkeypatch):
+    ask = socket.getaddrinfo
+
+    def asked(host, *more, **named):
+        if host == "gone.example":
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return ask(host, *more, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", asked)
+    monkeypatch.setattr(storage, "PATIENCE_S", 0.2)
+    make(listed(tmp_path / "in", f"{web}/200/a.png", "http://gone.example/a.png"), tmp_path / "out")
+    assert len(samples_in(tmp_path / "out")) == 1
+    assert [kind for _, kind in skipped(tmp_path / "out")] == ["unreadable"]
 
 
 @pytest.mark.parametrize(

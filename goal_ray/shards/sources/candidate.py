@@ -2,6 +2,7 @@
 
 import errno
 import math
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -95,10 +96,10 @@ def stem_and_suffix(path: str) -> tuple[str, str]:
 
 def read_file(fs: AbstractFileSystem, path: str, what: str) -> bytes:
     """The bytes of a file. Raises Unusable for a file that cannot be had; a failing storage's error passes through."""
-    read = partial(fs.cat_file, path)
+    read = partial(cat_file, fs, path)
     local = isinstance(fs, LocalFileSystem)
     try:
-        return bytes(read() if local else patiently(read, fs.unstrip_protocol(path)))
+        return read() if local else patiently(read, fs.unstrip_protocol(path))
     except Exception as error:
         if isinstance(error, PermissionError) and not local:
             # Of credentials that expired: it says nothing against the file.
@@ -110,6 +111,16 @@ def read_file(fs: AbstractFileSystem, path: str, what: str) -> bytes:
             raise
         problem = error
     raise Unusable("unreadable", f"the {what} cannot be read: {type(problem).__name__}: {problem}")
+
+
+def cat_file(fs: AbstractFileSystem, path: str) -> bytes:
+    """One request for a file. Raises FileNotFoundError for a web address whose host is gone."""
+    try:
+        return bytes(fs.cat_file(path))
+    except OSError as error:
+        if "http" in protocols(fs) and error.errno == socket.EAI_NONAME:
+            raise FileNotFoundError(f"no such host: {error}") from None
+        raise
 
 
 def is_missing(error: Exception) -> bool:
