@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision.models import get_model
-from tqdm import tqdm
 
 from goal_ray.cli import parser, run_main
 from goal_ray.demo.accuracy import read_truth
 from goal_ray.images import decode_image
+from goal_ray.progress import Progress
 from goal_ray.shard_urls import expand_shards
 from goal_ray.storage import open_atomic
 from goal_ray.tars import stream_samples
@@ -59,8 +59,8 @@ def train_detector(scenes: str, model: str, steps: int, batch: int, lr: float, s
     rates = OptimizerConfig(warmup_steps=WARMUP_STEPS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rates.lr_factor(step, steps))
     batches = endless_batches(read_scenes(scenes), batch, seed)
-    with tqdm(range(steps), unit="step", desc=model, disable=None) as bar:
-        for _ in bar:
+    with Progress(model, "step", steps) as progress:
+        for _ in range(steps):
             pictures, targets = next(batches)
             loss = sum(detector(pictures, targets).values())
             optimizer.zero_grad()
@@ -68,7 +68,7 @@ def train_detector(scenes: str, model: str, steps: int, batch: int, lr: float, s
             torch.nn.utils.clip_grad_norm_(detector.parameters(), 10.0)
             optimizer.step()
             schedule.step()
-            bar.set_postfix_str(f"loss {loss.item():.3f}")
+            progress.add(1, f"loss {loss.item():.3f}")
     return {name: tensor.cpu() for name, tensor in detector.state_dict().items()}
 
 

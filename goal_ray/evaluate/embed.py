@@ -14,12 +14,12 @@ from PIL import Image
 from goal_ray.ahead import read_ahead
 from goal_ray.bad_samples import bad_record, most_frequent
 from goal_ray.errors import GoalRayError, ModelError, ShardError, StageError
-from goal_ray.evaluate.progress import Progress
 from goal_ray.geometry import PixelGeometry, outer_box
 from goal_ray.images import decode_image
 from goal_ray.model import LoadedModel, encode_image, encode_text
 from goal_ray.pairs import best_pairs, read_pairs
 from goal_ray.precision import Precision, autocast, full_fp32
+from goal_ray.progress import Progress
 from goal_ray.settings import ResizeConfig
 from goal_ray.storage import sizes_bytes
 from goal_ray.tars import Sample, stream_samples
@@ -120,7 +120,7 @@ def embed_shards(
 
     samples = 0
     sizes = sizes_bytes(shards)
-    with torch.inference_mode(), Progress(title, sum(sizes[url] for url in shards)) as progress:
+    with torch.inference_mode(), Progress(title, "B", sum(sizes[url] for url in shards)) as progress:
         stored = read_samples(shards, sizes, skipped)
         ready = prepared(preparation(loaded, pairs), stored, 2 * batch, threads, skipped)
         while rows := list(islice(ready, batch)):
@@ -129,7 +129,7 @@ def embed_shards(
             local = (view for _, (_, *views) in rows for view in views)
             while views := list(islice(local, batch)):
                 local_pairs += embed(views)
-            progress.reached(rows[-1][0], samples)
+            progress.add(rows[-1][0] - progress.done, f"{samples:,} samples")
     if not samples:
         why = f"; {most_frequent(skipped)}" if skipped else ""
         raise StageError(f"no usable sample in {len(shards)} shards{why}")

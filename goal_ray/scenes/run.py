@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from goal_ray.claim import claim_folder
 from goal_ray.config import strict
 from goal_ray.errors import ConfigError
 from goal_ray.pairs import Pair, PairRecord, Region
+from goal_ray.progress import Progress
 from goal_ray.scenes.captions import Sentence, write_caption
 from goal_ray.scenes.drawing import render
 from goal_ray.scenes.layout import MAX_OBJECTS, Box, crop_scene, full_scene, look_alike
@@ -85,13 +85,13 @@ def draw_scenes(out: str | Path, count: int, seed: int, settings: SceneSettings 
     wanted = {"version": VERSION, "count": count, "seed": seed, **dataclasses.asdict(settings)}
     claim_folder(folder, SETTINGS_FILE, wanted)
     tars = []
-    with tqdm(total=count, unit="scene", desc="drawing", disable=None) as progress:
+    with Progress("drawing", "scene", count) as progress:
         for number, start in enumerate(range(0, count, settings.shard_size)):
             indices = range(start, min(count, start + settings.shard_size))
             tar = join(folder, f"scenes-{number:06d}.tar")
             if not exists(tar):
                 write_tar(tar, (draw_scene(seed, index, settings) for index in indices))
-            progress.update(len(indices))
+            progress.add(len(indices))
             tars.append(tar)
     return tars
 

@@ -16,10 +16,9 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import IO
 
-from tqdm import tqdm
-
 from goal_ray.claim import claim_folder
 from goal_ray.errors import ConfigError, StageError
+from goal_ray.progress import Progress
 from goal_ray.shard_urls import shard_name
 from goal_ray.shards.keys import HASH_BYTES, KeySet, key_hash
 from goal_ray.shards.outcomes import Outcome, Place, read_outcomes
@@ -144,18 +143,18 @@ def make_shards(settings: SourceSettings, out: str, name: str | None, size: Shar
     seen, total, number, tars = KeySet(), Made(), 0, 0
     outcomes: Iterator[Outcome] | None = None
     left_over: list[Outcome] = []
-    with tqdm(unit="sample", desc="make", disable=None) as bar:
+    with Progress("make", "sample") as progress:
         while not total.exhausted:
             made = folder.finished(number, seen)
             if made is None:
                 outcomes = outcomes or read_outcomes(source, total.end, seen)
-                ledger = make_shard(folder, number, chain(left_over, outcomes), seen, size, bar)
+                ledger = make_shard(folder, number, chain(left_over, outcomes), seen, size, progress)
                 made, left_over = ledger.made, ledger.left_over
             else:
                 outcomes, left_over = None, []
-                bar.update(made.samples)
+                progress.add(made.samples)
             total = Made(made.end, total.samples + made.samples, total.skipped + made.skipped, made.exhausted)
-            bar.set_postfix_str(f"{total.skipped.total()} skipped")
+            progress.add(0, f"{total.skipped.total():,} skipped")
             number, tars = number + 1, tars + (made.samples > 0)
     folder.list_skipped(number)
     if not total.samples:
@@ -164,12 +163,12 @@ def make_shards(settings: SourceSettings, out: str, name: str | None, size: Shar
 
 
 def make_shard(
-    folder: OutputFolder, number: int, outcomes: Iterator[Outcome], seen: KeySet, size: ShardSize, bar: tqdm
+    folder: OutputFolder, number: int, outcomes: Iterator[Outcome], seen: KeySet, size: ShardSize, progress: Progress
 ) -> Ledger:
     """Writes one shard from the next outcomes; no tar where they hold no sample."""
     with tempfile.TemporaryFile() as lines:
         ledger = Ledger(Made(), lines)
-        samples = fill(ledger, outcomes, seen, size, bar)
+        samples = fill(ledger, outcomes, seen, size, progress)
         first = next(samples, None)
         if first is None:
             folder.record(number, ledger)
@@ -182,7 +181,7 @@ def make_shard(
 
 
 def fill(
-    ledger: Ledger, outcomes: Iterator[Outcome], seen: KeySet, size: ShardSize, bar: tqdm
+    ledger: Ledger, outcomes: Iterator[Outcome], seen: KeySet, size: ShardSize, progress: Progress
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """The samples of one shard until it is full; the ledger tells what became of everything on the way."""
     made, content_bytes = ledger.made, 0
@@ -204,7 +203,7 @@ def fill(
             made.samples += 1
             ledger.hashes.append(key_hash(key))
             seen.add(ledger.hashes[-1:])
-            bar.update()
+            progress.add(1)
             yield key, verdict
         made.end = outcome.after
         if made.samples == size.samples:

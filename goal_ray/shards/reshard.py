@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from goal_ray.ahead import read_ahead
 from goal_ray.claim import claim_folder
 from goal_ray.errors import ConfigError, ShardError, StageError
+from goal_ray.progress import Progress
 from goal_ray.shard_urls import expand_shards, shard_name
 from goal_ray.shards.keys import readable_keys, repeated_keys
 from goal_ray.shards.output import refuse_overlap, shards_called, tar_name
@@ -100,12 +100,12 @@ def reshard(spec: str, out: str, name: str | None, balance: Balance, workers: in
     made_of = {"inputs": inputs, "shards": shards, "equal": balance.equal, "shuffle": balance.shuffle, "name": name}
     claim_folder(out, SETTINGS_FILE, made_of)
     counts = np.diff(plan.bounds)
-    with tqdm(total=int(counts.sum()), unit="sample", desc="reshard", disable=None) as bar:
+    with Progress("reshard", "sample", int(counts.sum())) as progress:
         for number in range(shards):
             url = join(out, tar_name(name, number))
             if not exists(url):
                 write_spans(url, read_ahead(read_run, plan.runs(number), _AHEAD))
-            bar.update(int(counts[number]))
+            progress.add(int(counts[number]))
     return counts
 
 

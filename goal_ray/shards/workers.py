@@ -7,10 +7,9 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
-from tqdm import tqdm
-
 from goal_ray.cores import usable_cores
 from goal_ray.errors import ConfigError, StageError
+from goal_ray.progress import Progress
 
 T = TypeVar("T")
 
@@ -30,7 +29,10 @@ def map_shards(
     if workers < 1:
         raise ConfigError("--workers must be at least 1")
     results = map(work, shards) if workers == 1 else in_processes(work, shards, workers)
-    yield from zip(shards, tqdm(results, total=len(shards), unit="shard", desc=title, disable=None), strict=True)
+    with Progress(title, "shard", len(shards)) as progress:
+        for shard, result in zip(shards, results, strict=True):
+            progress.add(1)
+            yield shard, result
 
 
 def in_processes(work: Callable[[str], T], shards: Sequence[str], workers: int) -> Iterator[T]:

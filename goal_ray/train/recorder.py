@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from goal_ray.events import event, say, wants_json
 from goal_ray.jsonl import append_records, read_records
-from goal_ray.plain_lines import PlainLines
+from goal_ray.progress import PlainLines
 from goal_ray.run_folder import METRICS_FILE, QUARANTINE_FILE
 from goal_ray.shard_urls import shard_name
 from goal_ray.storage import write_bytes

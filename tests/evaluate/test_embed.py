@@ -11,9 +11,7 @@ import torch
 
 from goal_ray.errors import ModelError
 from goal_ray.evaluate.embed import add_new, embed_shards
-from goal_ray.evaluate.progress import Progress
 from goal_ray.model import load_model
-from goal_ray.plain_lines import LINE_EVERY_S
 from goal_ray.scenes.run import SceneSettings, draw_scenes
 from goal_ray.settings import ModelConfig
 
@@ -86,18 +84,6 @@ def test_the_bar_names_the_model_and_reaches_the_end(loaded, tars, tmp_path, mon
     *_, end = sys.stderr.getvalue().rstrip().split("\r")
     assert end.startswith("evaluate goal: 100%|")
     assert re.search(r", 1[1-4] samples\]$", end)
-
-
-def test_where_no_terminal_is_a_line_tells_now_and_then_how_far_it_is(capsys):
-    now = 1000.0
-    with Progress("evaluate goal", 1_000_000, lambda: now) as progress:
-        for step in range(1, 8):
-            now += LINE_EVERY_S / 3
-            progress.reached(100_000 * step, 64 * step)
-    assert capsys.readouterr().err.splitlines() == [
-        "evaluate goal: 30 %, 192 samples, 01:10 left",
-        "evaluate goal: 60 %, 384 samples, 00:40 left",
-    ]
 
 
 def test_bf16_gives_the_rows_of_fp32_to_its_rounding(loaded, tars):
