@@ -2,10 +2,8 @@
 
 import logging
 import os
-import re
 import threading
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,10 +13,20 @@ from goal_ray.errors import GoalRayError, StageError
 from goal_ray.events import event
 from goal_ray.ray_session import is_joined
 from goal_ray.train.config import TrainConfig
-from goal_ray.train.demand import Demand
 from goal_ray.train.evaluation import Evaluations
+from goal_ray.train.failures import WorkerDied, first_line, own_error
 from goal_ray.train.mailbox import open_mailbox
 from goal_ray.train.network import process_group
+from goal_ray.train.places import (
+    INGEST,
+    Demand,
+    cluster_resources,
+    draining_nodes,
+    growth,
+    lacking,
+    most_workers,
+    number_of,
+)
 from goal_ray.train.recorder import RunRecorder
 from goal_ray.train.worker import worker_entry
 
@@ -29,7 +37,6 @@ SETTLED_S = 2.0
 LOOK_AROUND_S = 5.0
 SCRAPED_S = 25.0  # Ray's agents hand metrics on every 10 s, Prometheus asks for them every 10 s
 GROW_AFTER_S = 30.0
-INGEST = {"CPU": 1.0}
 
 
 class Attempts:
@@ -279,110 +286,3 @@ class Attempts:
                 self.recorder.line.show(f"waiting for nodes: {lack}")
             self.recorder.count_time()
             time.sleep(LOOK_S)
-
-
-class WorkerDied(StageError):
-    """A worker's process or node is gone; a new attempt may go on."""
-
-
-def most_workers(config: TrainConfig, use_gpu: bool, resources: dict[str, float]) -> int | None:
-    """The most workers, of those that share a micro-batch evenly, that resources suffice for; one CPU is the ingest's.
-
-    None where they do not suffice for the fewest.
-    """
-    counts = (each for each in config.worker_counts if not short_of(config, use_gpu, each, resources))
-    return max(counts, default=None)
-
-
-def short_of(config: TrainConfig, use_gpu: bool, workers: int, resources: dict[str, float]) -> dict[str, float]:
-    """What these workers and the ingest need of each resource that there is less of."""
-    needed = dict(INGEST)
-    for name, amount in config.worker_bundle(use_gpu).items():
-        needed[name] = needed.get(name, 0) + workers * amount
-    return {name: amount for name, amount in needed.items() if resources.get(name, 0) < amount}
-
-
-def growth(config: TrainConfig, use_gpu: bool, workers: int) -> list[list[dict[str, float]]]:
-    """Places for more than these workers, in groups for `Demand`, each enough for the next count of workers.
-
-    Where workers are CPUs, each has one for the ingest too: or it could be the ingest's own that a group finds.
-    """
-    step = next((each - workers for each in config.worker_counts if each > workers), 0)
-    group = [config.worker_bundle(use_gpu)] * step + ([] if use_gpu else [INGEST])
-    return [group] * ((config.max_workers - workers) // step) if step else []
-
-
-def lacking(config: TrainConfig, use_gpu: bool, workers: int, resources: dict[str, float]) -> str:
-    """What so many workers need and resources do not have; empty where they suffice."""
-    for name, amount in short_of(config, use_gpu, workers, resources).items():
-        who = f"{number_of(workers)} and the ingest" if name == "CPU" else number_of(workers)
-        return f"{who} need {amount:g} {name}s, the cluster has {resources.get(name, 0):g}"
-    return ""
-
-
-def cluster_resources() -> dict[str, float]:
-    """The resources of all nodes that are alive and will stay."""
-    import ray
-
-    leaving = draining_nodes()
-    total: dict[str, float] = {}
-    for node in ray.nodes():
-        if node["Alive"] and node["NodeID"] not in leaving:
-            for name, amount in node["Resources"].items():
-                total[name] = total.get(name, 0) + amount
-    return total
-
-
-def draining_nodes() -> set[str]:
-    """Ids of the nodes that are about to go, as spot instances do."""
-    import ray
-
-    return set(ray._private.state.state.get_draining_nodes() or {})
-
-
-def own_error(error: BaseException, run_dir: Path) -> BaseException:
-    """What to raise for Ray's error: a worker's GoalRayError, a WorkerDied for its death, else its own error."""
-    from ray.exceptions import RayActorError
-
-    inside = list(unwrapped(error))
-    for cause in inside:
-        if isinstance(cause, GoalRayError):
-            return cause
-    for cause in inside:
-        if isinstance(cause, RayActorError):
-            return WorkerDied(
-                f"a training worker died ({first_line(cause)}); the memory may have run out: lower "
-                f"batch_per_worker, then go on with --resume; Ray's logs say more; run folder: {run_dir}"
-            )
-    for cause in inside:
-        if type(cause).__name__.startswith("WorkerGroupStartup"):
-            return WorkerDied(f"the workers could not be started ({first_line(cause)}); run folder: {run_dir}")
-    # A worker whose peer died may tell of it first, as an error of the collective that it waited in.
-    # An AcceleratorError is a GPU's own, after which its process is of no use.
-    kinds = re.compile("RuntimeError|AcceleratorError|Dist.*Error")
-    return next((cause for cause in inside if kinds.fullmatch(type(cause).__name__)), error)
-
-
-def number_of(workers: int) -> str:
-    """The number in words: "1 worker", "2 workers"."""
-    return f"{workers} {'worker' if workers == 1 else 'workers'}"
-
-
-def first_line(error: BaseException) -> str:
-    """The beginning of an error's text."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def unwrapped(error: BaseException) -> Iterator[BaseException]:
-    """The error and all that Ray wrapped into it."""
-    seen: set[int] = set()
-    waiting: list[Any] = [error]
-    while waiting:
-        current = waiting.pop()
-        if not isinstance(current, BaseException) or id(current) in seen:
-            continue
-        seen.add(id(current))
-        yield current
-        waiting += [current.__cause__, current.__context__]
-        waiting += [getattr(current, name, None) for name in ("cause", "health_check_failure", "controller_failure")]
-        waiting += list(getattr(current, "worker_failures", {}).values())

@@ -39,12 +39,13 @@ from goal_ray.run_folder import (
 )
 from goal_ray.shard_urls import expand_shards, shard_name
 from goal_ray.storage import write_bytes
-from goal_ray.train.attempts import Attempts, cluster_resources, lacking, most_workers
+from goal_ray.train.attempts import Attempts
 from goal_ray.train.config import TrainConfig
 from goal_ray.train.cost import Cost
 from goal_ray.train.evaluation import Evaluations
 from goal_ray.train.loggers import open_loggers
 from goal_ray.train.metrics import Metrics
+from goal_ray.train.places import cluster_resources, lacking, most_workers
 from goal_ray.train.recorder import ProgressLine, RunRecorder
 from goal_ray.train.scan import scan_shards
 

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from goal_ray.settings import ModelConfig
-from goal_ray.train.attempts import Attempts, growth, lacking, most_workers
+from goal_ray.train.attempts import Attempts
 from goal_ray.train.config import DataConfig, TrainConfig
-from goal_ray.train.demand import Demand
 from goal_ray.train.evaluation import Evaluations
 from goal_ray.train.metrics import Metrics
+from goal_ray.train.places import Demand, growth, lacking, most_workers
 from goal_ray.train.recorder import ProgressLine, RunRecorder
 
 

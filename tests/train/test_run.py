@@ -25,8 +25,8 @@ from goal_ray.config import load_config, to_yaml
 from goal_ray.errors import StageError
 from goal_ray.jsonl import read_records
 from goal_ray.settings import ModelConfig
-from goal_ray.train.attempts import WorkerDied, own_error
 from goal_ray.train.config import DataConfig, EvaluationConfig, OptimizerConfig, TrainConfig
+from goal_ray.train.failures import WorkerDied, own_error
 from goal_ray.train.run import train
 
 pytestmark = pytest.mark.ray
