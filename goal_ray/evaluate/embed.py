@@ -8,22 +8,22 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from goal_ray.ahead import read_ahead
 from goal_ray.bad_samples import bad_record, most_frequent
 from goal_ray.errors import GoalRayError, ModelError, ShardError, StageError
+from goal_ray.frozen_clip import FrozenClip
 from goal_ray.geometry import PixelGeometry, outer_box
 from goal_ray.images import decode_image
-from goal_ray.model import LoadedModel, encode_image, encode_text
+from goal_ray.model import LoadedModel
 from goal_ray.pairs import best_pairs, read_pairs
-from goal_ray.precision import Precision, autocast, full_fp32
+from goal_ray.precision import Precision
 from goal_ray.progress import Progress
 from goal_ray.settings import ResizeConfig
 from goal_ray.storage import sizes_bytes
 from goal_ray.tars import Sample, stream_samples
-from goal_ray.text import CaptionEncoder, pad_batch
+from goal_ray.text import CaptionEncoder
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Stored(NamedTuple):
     end_bytes: int
 
 
-class View(NamedTuple):
+class Entry(NamedTuple):
     """A picture with its caption, or a region with its sentence, ready for the model.
 
     picture  what tells it apart: the digest of the stored picture and, of a region, the pixels that it is cut at
@@ -87,48 +87,32 @@ def embed_shards(
     A picture or caption that stands in several samples is one picture or caption: two rows of it would tie, and neither
     could ever be found first. Raises StageError where no sample is usable.
     """
-    full_fp32()
-    clip = loaded.clip.eval().to(device)
-    mean = torch.tensor(loaded.preprocess["mean"], device=device).view(3, 1, 1)
-    std = torch.tensor(loaded.preprocess["std"], device=device).view(3, 1, 1)
-
-    def embed_pictures(squares: list[np.ndarray]) -> torch.Tensor:
-        pixels = torch.from_numpy(np.stack(squares)).to(device)
-        with autocast(torch.device(device), precision):
-            pooled_BE = encode_image(clip, (pixels.float() / 255 - mean) / std).pooled_BE
-        return F.normalize(pooled_BE.float(), dim=-1).cpu()
-
-    def embed_captions(texts: list[np.ndarray]) -> torch.Tensor:
-        ids = torch.from_numpy(pad_batch(texts)).to(device)
-        with autocast(torch.device(device), precision):
-            pooled_BE = encode_text(clip, ids).pooled_BE
-        return F.normalize(pooled_BE.float(), dim=-1).cpu()
-
+    clip = FrozenClip(loaded, device, precision)
     skipped: list[dict[str, str]] = []
     pictures: dict[bytes, int] = {}
     texts: dict[bytes, int] = {}
     image_rows, text_rows = [], []
     whole_pairs, local_pairs = [], []
 
-    def embed(views: list[View]) -> list[tuple[int, int]]:
-        """(row of the picture, row of the text) of every view; what is new among them goes through the model."""
-        if squares := add_new(pictures, ((view.picture, view.square) for view in views)):
-            image_rows.append(embed_pictures(squares))
-        if ids := add_new(texts, ((view.text, view.ids) for view in views)):
-            text_rows.append(embed_captions(ids))
-        return [(pictures[view.picture], texts[view.text]) for view in views]
+    def embed(entries: list[Entry]) -> list[tuple[int, int]]:
+        """(row of the picture, row of the text) of every entry; what is new among them goes through the model."""
+        if squares := add_new(pictures, ((entry.picture, entry.square) for entry in entries)):
+            image_rows.append(clip.embed_pictures(torch.from_numpy(np.stack(squares))).cpu())
+        if ids := add_new(texts, ((entry.text, entry.ids) for entry in entries)):
+            text_rows.append(clip.embed_texts(ids).cpu())
+        return [(pictures[entry.picture], texts[entry.text]) for entry in entries]
 
     samples = 0
     sizes = sizes_bytes(shards)
-    with torch.inference_mode(), Progress(title, "B", sum(sizes[url] for url in shards)) as progress:
+    with Progress(title, "B", sum(sizes[url] for url in shards)) as progress:
         stored = read_samples(shards, sizes, skipped)
         ready = prepared(preparation(loaded, pairs), stored, 2 * batch, threads, skipped)
         while rows := list(islice(ready, batch)):
             samples += len(rows)
             whole_pairs += embed([whole for _, (whole, *_) in rows])
-            local = (view for _, (_, *views) in rows for view in views)
-            while views := list(islice(local, batch)):
-                local_pairs += embed(views)
+            local = (entry for _, (_, *entries) in rows for entry in entries)
+            while entries := list(islice(local, batch)):
+                local_pairs += embed(entries)
             progress.add(rows[-1][0] - progress.done, f"{samples:,} samples")
     if not samples:
         why = f"; {most_frequent(skipped)}" if skipped else ""
@@ -143,10 +127,10 @@ def once(pairs: list[tuple[int, int]]) -> torch.Tensor:
     return torch.tensor(list(dict.fromkeys(pairs)), dtype=torch.int64).reshape(-1, 2)
 
 
-def preparation(loaded: LoadedModel, pairs: int) -> Callable[[Sample, str], list[View]]:
-    """The function that makes a sample's views, as the model's own preprocessing does. It may run in threads.
+def preparation(loaded: LoadedModel, pairs: int) -> Callable[[Sample, str], list[Entry]]:
+    """The function that makes a sample's entries, as the model's own preprocessing does. It may run in threads.
 
-    The first view is the sample as a whole; those of its best pairs follow.
+    The first entry is the sample as a whole; those of its best pairs follow.
     """
     mode = loaded.preprocess["resize_mode"]
     if mode not in ("shortest", "squash"):
@@ -155,24 +139,24 @@ def preparation(loaded: LoadedModel, pairs: int) -> Callable[[Sample, str], list
     geometry = PixelGeometry(ResizeConfig(mode=mode), loaded.size_px, loaded.grid_HW, interpolation)
     encoder = CaptionEncoder(loaded.tokenizer)
 
-    def view(image: Image.Image, picture: bytes, text: str) -> View:
+    def entry(image: Image.Image, picture: bytes, text: str) -> Entry:
         square, _ = geometry(image, np.empty((0, 4)))
         ids = encoder.encode(text, [], loaded.context_length).ids
-        return View(picture, square, digest(ids.tobytes()), ids)
+        return Entry(picture, square, digest(ids.tobytes()), ids)
 
-    def prepare(sample: Sample, where: str) -> list[View]:
+    def prepare(sample: Sample, where: str) -> list[Entry]:
         stored, caption = sample.image_bytes(), sample.caption()
         image, name = decode_image(stored), digest(stored)
-        views = [view(image, name, caption)]
+        entries = [entry(image, name, caption)]
         if pairs == 0:
-            return views
+            return entries
         record = read_pairs(sample, where, image.size, ", or leave out --pairs")
         for pair in best_pairs(record, pairs):
             cut = outer_box(record.regions[pair.region].box, image.size)
             start, end = record.sentences[pair.sentence]
             part = name if cut == (0, 0, *image.size) else name + repr(cut).encode()
-            views.append(view(image.crop(cut), part, caption[start:end]))
-        return views
+            entries.append(entry(image.crop(cut), part, caption[start:end]))
+        return entries
 
     return prepare
 
@@ -204,15 +188,15 @@ def read_samples(shards: Sequence[str], sizes: Mapping[str, int], skipped: list[
 
 
 def prepared(
-    prepare: Callable[[Sample, str], list[View]],
+    prepare: Callable[[Sample, str], list[Entry]],
     stored: Iterable[Stored],
     ahead: int,
     threads: int,
     skipped: list[dict[str, str]],
-) -> Iterator[tuple[int, list[View]]]:
+) -> Iterator[tuple[int, list[Entry]]]:
     """(`end_bytes`, what `prepare` makes of it) of samples in order, as `read_ahead`; bad ones go to `skipped`."""
 
-    def attempt(one: Stored) -> tuple[int, list[View] | dict[str, str]]:
+    def attempt(one: Stored) -> tuple[int, list[Entry] | dict[str, str]]:
         try:
             return one.end_bytes, prepare(one.sample, one.url)
         except GoalRayError as error:
