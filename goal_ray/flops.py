@@ -35,19 +35,6 @@ class Product(NamedTuple):
         return self.flops * (1 + self.weight + self.input)
 
 
-def image_flops(clip: nn.Module) -> int:
-    """Of one picture's forward through the image tower. Raises ModelError for towers that GOAL cannot read."""
-    return sum(product.flops for product in image_products(clip))
-
-
-def text_flops(clip: nn.Module, length: int) -> int:
-    """Of the text tower's forward on one text of `length` tokens, padding included.
-
-    A tower that is not causal always reads its whole context, whatever the length.
-    """
-    return sum(product.flops for product in text_products(clip, length))
-
-
 def step_flops(clip: nn.Module, images: int, text_lengths: Sequence[int]) -> int:
     """Of the towers' forward and backward passes in one training step.
 
@@ -67,7 +54,7 @@ def step_flops(clip: nn.Module, images: int, text_lengths: Sequence[int]) -> int
 
 
 def image_products(clip: nn.Module) -> Iterator[Product]:
-    """Those of one picture."""
+    """Those of one picture. Raises ModelError for towers that GOAL cannot read."""
     visual = image_tower(clip)
     patches = visual.grid_size[0] * visual.grid_size[1]
     kernel = visual.conv1.weight
@@ -80,7 +67,7 @@ def image_products(clip: nn.Module) -> Iterator[Product]:
 
 
 def text_products(clip: nn.Module, length: int) -> Iterator[Product]:
-    """Those of one text of `length` tokens."""
+    """Those of one text of `length` tokens, padding included; a tower that is not causal reads its whole context."""
     tower = text_tower(clip)
     tokens = length if tower.causal else tower.positional_embedding.shape[0]
     moves = trained([*tower.token_embedding.parameters(), tower.positional_embedding])

@@ -35,10 +35,6 @@ class BatchOrder:
         """Whole global batches in an epoch; the samples left over, others each time, sit it out."""
         return sum(self.counts) // self.global_batch
 
-    def epoch(self, epoch: int) -> np.ndarray:
-        """(steps_per_epoch * global_batch, 2) int64 rows (shard, sample within the shard) in reading order."""
-        return self._rows(epoch, 0, self.steps_per_epoch * self.global_batch)
-
     def micro_batch(self, number: int, rank: int, ranks: int, accumulate: int) -> tuple[int, np.ndarray]:
         """(epoch, (n, 2) rows) of one rank's micro-batch; `number` counts them from the start of the run.
 
