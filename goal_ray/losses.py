@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from goal_ray.errors import ModelError
 from goal_ray.goal_batch import GoalBatch, count_batch
 from goal_ray.model import TowerOutput, encode_image, encode_text, image_tower, text_tower
+from goal_ray.precision import Precision, autocast
 from goal_ray.settings import LossConfig
 from kernels.tsl import TslResult, tsl_loss
 
@@ -126,14 +127,19 @@ class GoalModel(nn.Module):
     clip       open_clip model with native towers
     config     weights and kinds of the terms
     mean, std  the model's pixel normalisation, per channel, on the 0..1 scale
-    bf16       towers and TSL under bfloat16 autocast over float32 weights; contrastive logits stay float32
+    precision  of the towers' and the TSL's matrix products, over float32 weights; contrastive logits stay float32
     """
 
     mean_311: Tensor
     std_311: Tensor
 
     def __init__(
-        self, clip: nn.Module, config: LossConfig, mean: Sequence[float], std: Sequence[float], bf16: bool = False
+        self,
+        clip: nn.Module,
+        config: LossConfig,
+        mean: Sequence[float],
+        std: Sequence[float],
+        precision: Precision = "fp32",
     ):
         super().__init__()
         image_tower(clip), text_tower(clip)  # refuses towers the loss cannot read
@@ -141,7 +147,7 @@ class GoalModel(nn.Module):
             raise ModelError("loss.contrastive=siglip needs a model with a logit bias; use clip, or a SigLIP model")
         self.clip: Any = clip
         self.config = config
-        self.bf16 = bf16
+        self.precision: Precision = precision
         self.register_buffer("mean_311", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std_311", torch.tensor(std).view(3, 1, 1), persistent=False)
 
@@ -158,7 +164,7 @@ class GoalModel(nn.Module):
         ones are scaled so that every region counts the same wherever it lies. Terms of weight 0 that cost a forward are
         not computed and are 0.
         """
-        with torch.autocast(batch.images_B3SS.device.type, torch.bfloat16, enabled=self.bf16):
+        with autocast(batch.images_B3SS.device, self.precision):
             images = len(batch.images_B3SS)
             text = encode_text(self.clip, batch.text_BL)
             if not self.config.needs_pairs:

@@ -23,7 +23,7 @@ from goal_ray.gradcache import cached_gradients
 from goal_ray.losses import GoalModel
 from goal_ray.model import LoadedModel, load_model
 from goal_ray.order import BatchOrder
-from goal_ray.precision import full_fp32
+from goal_ray.precision import Precision, dtype, full_fp32
 from goal_ray.run_folder import QUARANTINE_FILE
 from goal_ray.settings import ModelConfig, ResizeConfig
 from goal_ray.step import prepare_step
@@ -103,7 +103,7 @@ def run_steps(job: Job, rank: int, ranks: int, device: torch.device) -> None:
         prepare_step(loaded.clip, config.step)
         freeze_tower(loaded.clip, config.optimizer.freeze)
         flops = FlopTable(loaded)  # ZeRO-3 hides the parameters' shapes
-        model = GoalModel(loaded.clip, config.loss, preprocess["mean"], preprocess["std"], config.precision == "bf16")
+        model = GoalModel(loaded.clip, config.loss, preprocess["mean"], preprocess["std"], config.precision)
         engine = build_engine(model.to(device), config, ranks)
         allocate_averages(engine, first_step)
         if job.resume_from is not None:
@@ -199,11 +199,11 @@ class FlopTable:
         return pictures * self.image + sum(self.text_L[length] for length in micro_batch.text_lengths)
 
 
-def describe_device(device: torch.device, precision: str, ranks: int) -> dict[str, Any]:
+def describe_device(device: torch.device, precision: Precision, ranks: int) -> dict[str, Any]:
     """What the workers run on: "device", "gpus", and "peak_flops" of all together, None on CPUs."""
     if device.type != "cuda":
         return {"device": platform.processor() or platform.machine(), "gpus": False, "peak_flops": None}
-    peak = peak_flops(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    peak = peak_flops(device, dtype(precision))
     whole = None if peak is None else peak * ranks
     return {"device": torch.cuda.get_device_name(device), "gpus": True, "peak_flops": whole}
 

@@ -13,11 +13,12 @@ import torch
 from goal_ray.cli import run_main
 from goal_ray.errors import ConfigError
 from goal_ray.model import usable_device
+from goal_ray.precision import Precision
 from goal_ray.settings import StepConfig
 from goal_ray.train.benchmark.competitors import COMPETITORS
 from goal_ray.train.benchmark.measure import Variants, compare
 from goal_ray.train.benchmark.table import PUBLISHED_FP32, show_competitors, show_switches
-from goal_ray.train.benchmark.work import Precision, Settings
+from goal_ray.train.benchmark.work import Settings
 
 DESCRIPTION = """Measure goal_ray's training step, forward, backward and optimizer, on one synthetic batch, beside
 

@@ -58,7 +58,7 @@ def goal(name: str, loaded: LoadedModel, work: Work, settings: Settings) -> Comp
     mark_towers(name, clip)
     config = LossConfig()
     preprocess = loaded.preprocess
-    model = GoalModel(clip, config, preprocess["mean"], preprocess["std"], settings.precision == "bf16")
+    model = GoalModel(clip, config, preprocess["mean"], preprocess["std"], settings.precision)
     model.to(settings.device).train()
     weights_4 = torch.tensor(config.weights(0.0), device=settings.device)
 

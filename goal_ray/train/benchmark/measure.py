@@ -13,6 +13,7 @@ import open_clip
 import torch
 
 from goal_ray.flops import peak_flops
+from goal_ray.precision import dtype
 from goal_ray.timing import measure
 from goal_ray.train.benchmark.competitors import COMPETITORS, PARTS, Competitor
 from goal_ray.train.benchmark.work import Settings, make_work
@@ -49,7 +50,7 @@ def compare(variants: Variants, settings: Settings, rounds: int, warmup: int) ->
 def numbers(rounds: Rounds, flops: int, memory: int, settings: Settings) -> dict[str, Any]:
     """What is known of one variant. `mfu`, model FLOPs utilisation, is None where the device's peak is unknown."""
     seconds = statistics.median(step_seconds(rounds))
-    peak = peak_flops(torch.device(settings.device), torch.bfloat16 if settings.precision == "bf16" else torch.float32)
+    peak = peak_flops(torch.device(settings.device), dtype(settings.precision))
     return {
         "seconds": seconds,
         "parts": {part: statistics.median(each[part] for each in rounds) for part in PARTS},

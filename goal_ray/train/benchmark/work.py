@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,10 +12,10 @@ from goal_ray.batches import Example, collate
 from goal_ray.flops import step_flops
 from goal_ray.goal_batch import GoalBatch, count_batch
 from goal_ray.model import LoadedModel, load_model
+from goal_ray.precision import Precision, autocast
 from goal_ray.settings import ModelConfig, StepConfig
 from goal_ray.text import CaptionEncoder
 
-Precision = Literal["fp32", "bf16"]
 CONTEXT = 248
 CAPTION_WORDS = (85, 155)
 SENTENCE_WORDS = (9, 35)
@@ -60,7 +60,7 @@ class Settings:
 
     def autocast(self) -> torch.autocast:
         """A block in which matrix products have the precision."""
-        return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.precision == "bf16")
+        return autocast(torch.device(self.device), self.precision)
 
 
 class Work(NamedTuple):
