@@ -2,7 +2,6 @@
 
 import json
 import platform
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -161,11 +160,9 @@ def describe_progress(config: TrainConfig, order: BatchOrder, done: int, lr: flo
 
 
 def take(batches: Iterator[MicroBatch], count: int, window: LogWindow) -> list[MicroBatch]:
-    """The next `count` micro-batches, fewer at the end; the window gets the time they took to come."""
-    began = time.perf_counter()
-    group = list(islice(batches, count))
-    window.waited(time.perf_counter() - began)
-    return group
+    """The next `count` micro-batches, fewer at the end; the window's meter gets the time they took to come."""
+    with window.wait.waiting():
+        return list(islice(batches, count))
 
 
 def train_step(engine: Any, micro_batch: MicroBatch, kind: str, weights: Sequence[float]) -> torch.Tensor:

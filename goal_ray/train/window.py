@@ -16,7 +16,7 @@ from torch import Tensor
 from goal_ray.losses import world_size
 from goal_ray.settings import TERMS
 from goal_ray.train.feed import MicroBatch
-from goal_ray.train.meter import EnergyMeter
+from goal_ray.train.meter import EnergyMeter, WaitMeter
 
 NEVER = 2**52  # exact in float64, beyond any step
 
@@ -44,7 +44,7 @@ class LogWindow:
         self.sum_4 = torch.zeros(len(TERMS), device=device)
         self.bad_step = torch.full((), NEVER, dtype=torch.float64, device=device)
         self.micro_batches = self.images = self.flops = self.steps = 0
-        self.waited_s = 0.0
+        self.wait = WaitMeter(device)
         self.last_step = -1
         self.since = time.perf_counter()
         self.energy = EnergyMeter(device)
@@ -61,10 +61,6 @@ class LogWindow:
         self.images += sum(len(chunk.images_B3SS) for chunk in micro_batch.chunks)
         self.flops += flops
 
-    def waited(self, seconds: float) -> None:
-        """Adds time in which this rank had nothing to work on."""
-        self.waited_s += seconds
-
     def close(self, record: dict[str, Any], weights: Sequence[float], grad_norm: Any) -> None:
         """Ends the window: its means will complete `record`; begins the next one.
 
@@ -74,7 +70,7 @@ class LogWindow:
         norm = torch.as_tensor(torch.nan if grad_norm is None else grad_norm, dtype=torch.float64, device=self.device)
         mean_4 = self.sum_4.double() / max(1, self.micro_batches) / world_size()
         sums = torch.tensor([self.images, self.flops, self.energy.joules()], dtype=torch.float64)
-        extremes = torch.tensor([float(peak_bytes(self.device)), self.waited_s], dtype=torch.float64)
+        extremes = torch.tensor([float(peak_bytes(self.device)), self.wait.seconds()], dtype=torch.float64)
         added = torch.cat([mean_4, sums.to(self.device, non_blocking=True)])
         most = torch.cat([-self.bad_step[None], extremes.to(self.device, non_blocking=True)])
         if world_size() > 1:
@@ -91,7 +87,6 @@ class LogWindow:
         self.arriving = Arriving(record, weights, values, copied, now - self.since)
         self.sum_4 = torch.zeros_like(self.sum_4)
         self.micro_batches = self.images = self.flops = self.steps = 0
-        self.waited_s = 0.0
         self.since = now
 
     def arrived(self, wait: bool = False) -> dict[str, Any] | None:

@@ -21,12 +21,12 @@ def micro_batch(tiny_clip):
     return MicroBatch([batch], count_batch(batch)[None], [8, 8], None)
 
 
-def test_a_record_holds_the_means_of_its_window_alone(micro_batch):
+def test_a_record_holds_the_means_of_its_window_alone(micro_batch, monkeypatch):
     window = LogWindow(torch.device("cpu"))
     window.add(0, torch.tensor([9.0, 9.0, 9.0, 9.0]), micro_batch, flops=5)
     window.close({"step": 1}, WEIGHTS, None)
     window.arrived(wait=True)
-    window.waited(1e-5)
+    monkeypatch.setattr(window.wait, "seconds", lambda: 1e-5)
     window.add(1, torch.tensor([1.0, 2.0, 3.0, 4.0]), micro_batch, flops=10)
     window.add(1, torch.tensor([3.0, 4.0, 5.0, 6.0]), micro_batch, flops=20)
     window.add(2, torch.tensor([2.0, 3.0, 4.0, 5.0]), micro_batch, flops=30)
