@@ -17,6 +17,7 @@ from goal_ray.cli import run_main
 from goal_ray.config import build_config
 from goal_ray.images import decode_image, shrink
 from goal_ray.model import usable_device
+from goal_ray.precision import full_fp32
 from goal_ray.regions import SamConfig
 from goal_ray.regions.sam import SamProposer
 from goal_ray.regions.sam_weights import load_sam
@@ -97,6 +98,7 @@ def generators(config: SamConfig, device: str) -> dict[str, Generator]:
     """The official generator and ours, each with a model of its own."""
     from segment_anything import SamAutomaticMaskGenerator
 
+    full_fp32()
     path = find_checkpoint(config.checkpoint, SAM_ADVICE)
     official = SamAutomaticMaskGenerator(load_sam(path).to(device), points_per_side=config.points_per_side)
     ours = SamProposer(load_sam(path).to(device), config)

@@ -1,7 +1,7 @@
 """OUT/gallery.html: what came out of a run, on one page that loads nothing: its numbers, and pairs as pictures."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +14,7 @@ from goal_ray.lism.picks import ORDERS, Pick
 from goal_ray.lism.progress import tell
 from goal_ray.pages.pictures import Picture, draw_picture
 from goal_ray.pages.render import render_page
+from goal_ray.pairs import read_pairs
 from goal_ray.storage import join, write_bytes
 from goal_ray.tar_places import read_part
 
@@ -27,29 +28,28 @@ SIGNS_SIDE_BY_SIDE = 50
 
 @dataclass(frozen=True)
 class Card:
-    """A pair as shown: its picture, with its one sentence, or else the problem."""
+    """A pair as shown: its picture, with its one sentence, and what made it, by its record; or else the problem."""
 
     pick: Pick
     picture: Picture | None = None
+    made_by: Mapping[str, str] = field(default_factory=dict)
     problem: str = ""
 
 
-def draw_gallery(folder: OutputFolder, result: Mapping[str, Any], made_by: Mapping[str, Any]) -> str | None:
-    """Writes the page about a run from its summary and what made its pairs, and returns its file name.
+def draw_gallery(folder: OutputFolder, result: Mapping[str, Any]) -> str | None:
+    """Writes the page about a run from its summary and the pairs to show, and returns its file name.
 
     What keeps it from being written is said on stderr, and is no error.
     """
     try:
         bars = histogram_bars(result["similarity_histogram"])
+        cards = {name: [draw_card(folder, Pick(**pick)) for pick in result["picks"][name]] for name in ORDERS}
         page = render_page(
             "lism/gallery.html.j2",
             folder=folder.url,
             result=result,
-            sections=[
-                (name, TITLES[name], [draw_card(folder, Pick(**pick)) for pick in result["picks"][name]])
-                for name in ORDERS
-            ],
-            made_by=dotted(made_by),
+            sections=[(name, TITLES[name], cards[name]) for name in ORDERS],
+            made_by=all_values([card.made_by for shown in cards.values() for card in shown]),
             wall_time=timedelta(seconds=round(result["seconds"])),
             bars=bars,
             labelled=labelled(bars),
@@ -73,7 +73,8 @@ def draw_card(folder: OutputFolder, pick: Pick) -> Card:
         sample = read_part(folder.tar(pick.shard), pick.offset_bytes, pick.size_bytes)
         if storable_key(sample.key) != pick.key:
             raise ShardError(f"{folder.tar(pick.shard)}: sample {sample.key!r} lies where {pick.key!r} was written")
-        return Card(pick, draw_picture(sample, pick.shard, only=(pick.sentence, pick.region)))
+        picture = draw_picture(sample, pick.shard, only=(pick.sentence, pick.region))
+        return Card(pick, picture, dotted(read_pairs(sample, pick.shard).provenance))
     # Every storage has errors of its own; the other pairs can still be shown.
     except Exception as error:
         return Card(pick, problem=describe(error))
@@ -84,6 +85,16 @@ def dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     found: dict[str, str] = {}
     for key, value in tree.items():
         found |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": to_text(value)}
+    return found
+
+
+def all_values(settings: Iterable[Mapping[str, str]]) -> dict[str, list[str]]:
+    """Each setting with its values, in the order in which they first appear."""
+    found: dict[str, list[str]] = {}
+    for each in settings:
+        for key, value in each.items():
+            if value not in found.setdefault(key, []):
+                found[key].append(value)
     return found
 
 

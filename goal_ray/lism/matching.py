@@ -13,7 +13,7 @@ from goal_ray.geometry import PixelGeometry, outer_box
 from goal_ray.lism.config import MatcherConfig
 from goal_ray.model import encode_image, encode_text, load_model
 from goal_ray.pairs import Pair
-from goal_ray.precision import autocast
+from goal_ray.precision import autocast, full_fp32
 from goal_ray.settings import ResizeConfig
 from goal_ray.text import CaptionEncoder, pad_batch
 
@@ -33,12 +33,15 @@ class Matcher:
     """Compares sentences with the crops under candidate boxes, and picks pairs. Source: GOAL (arXiv 2503.17782).
 
     Each picture goes to the device once; its crops are cut and resized there.
+
+    at_once  crops, or sentences, a pass; only speed and memory depend on it
     """
 
     def __init__(self, config: MatcherConfig, device: str):
+        full_fp32()
         loaded = load_model(config.model)
         self.config = config
-        self.batch = config.batch
+        self.at_once: tuple[int, ...] = (config.batch,)
         self.clip = loaded.clip.eval().to(device)
         self.device = torch.device(device)
         self.encoder = CaptionEncoder(loaded.tokenizer)
@@ -65,11 +68,6 @@ class Matcher:
             for task, mine_RE in zip(tasks, regions, strict=True)
         ]
 
-    def lessen(self) -> bool:
-        """Takes half as many crops or sentences a pass from now on; False where it is one already."""
-        self.batch, before = max(1, self.batch // 2), self.batch
-        return self.batch < before
-
     def _crops(self, tasks: Sequence[MatchTask]) -> Iterator[torch.Tensor]:
         """The crops of all tasks as the model's squares, (3, S, S) uint8, on the device."""
         for task in tasks:
@@ -81,10 +79,11 @@ class Matcher:
                 yield self.geometry.square(picture_3HW[:, y0:y1, x0:x1])
 
     def _embed(self, inputs: Iterable[T], embed: Callable[[list[T]], torch.Tensor]) -> torch.Tensor:
-        """Embeddings of unit length in fp32, `batch` inputs a pass."""
+        """Embeddings of unit length in fp32, as many inputs a pass as `at_once` says."""
+        (together,) = self.at_once
         source, chunks = iter(inputs), []
         with autocast(self.device, self.config.precision):
-            while some := list(islice(source, self.batch)):
+            while some := list(islice(source, together)):
                 chunks.append(F.normalize(embed(some).float(), dim=-1))
         return torch.cat(chunks)
 

@@ -33,6 +33,7 @@ from goal_ray.storage import (
     open_read,
     patiently,
     read_all,
+    read_bytes,
     remove,
     remove_abandoned,
     write_bytes,
@@ -91,9 +92,9 @@ class OutputFolder:
                 found[shard] = counts
         return found
 
-    def is_finished(self, shard: str) -> bool:
-        """Whether the shard's output was complete, and nobody has begun to replace it."""
-        return exists(self._done(shard))
+    def counts(self, shard: str) -> ShardCounts | None:
+        """What came out of a shard whose output was complete; None where somebody has begun to replace it."""
+        return _COUNTS.validate_json(read_bytes(self._done(shard))) if exists(self._done(shard)) else None
 
     def quarantine(self, shards: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
         """For each of these finished shards, which all have some, the records of samples that were left out."""

@@ -66,16 +66,14 @@ def run_lism(source: str, target: str, config: LismConfig, retry_quarantined: bo
     sizes = sizes_bytes(shards)
     finished = folder.finished(sizes)
     again = quarantined_again(finished, folder) if retry_quarantined else {}
-    pairing = Pairing(folder, config, sizes, finished, again)
-    before = pairing.samples_done
+    pairing, images = Pairing(folder, config, sizes, finished, again), 0
     if pairing.missing:
         with ray_session(busy_cpus=config.least_actors):
             if notice:
                 tell(target, notice)
-            pairing.run()
-    seconds, images = time.perf_counter() - began, pairing.samples_done - before
-    result = summary((finished[shard] for shard in shards), seconds, images)
-    result["gallery"] = draw_gallery(folder, result, provenance(config))
+            images = pairing.run()
+    result = summary((finished[shard] for shard in shards), time.perf_counter() - began, images)
+    result["gallery"] = draw_gallery(folder, result)
     write_bytes(join(target, SUMMARY_FILE), json.dumps(result, indent=2, ensure_ascii=False).encode())
     if result["quarantined"]:
         check_bad(result["quarantined"], result["samples"], config.max_bad_share, result["first_bad"][0], folder)
@@ -218,24 +216,29 @@ class Pairing:
     @property
     def samples_done(self) -> int:
         """The samples that need not be done, or not again."""
-        halves = [each.earlier for shard, each in self.again.items() if shard not in self.finished]
-        kept = sum(counts.samples - counts.quarantined for counts in halves)
+        kept = sum(each.earlier.paired for shard, each in self.again.items() if shard not in self.finished)
         return kept + sum(counts.samples for counts in self.finished.values())
 
-    def run(self) -> None:
-        """Finishes all shards, with the pipeline anew where it broke down.
+    def run(self) -> int:
+        """Finishes all shards, with the pipeline anew where it broke down. Returns how many samples were done.
 
-        Raises WorkerLost when an attempt ended so without finishing any shard: then it is no accident.
+        Raises WorkerLost when an attempt ended so and neither finished a shard nor found one to be done whole: then it
+        is no accident.
         """
+        before = sum(counts.samples for counts in self.finished.values())
         while missing := self.missing:
+            partly = len(self.again)
             try:
                 self._attempt(missing)
             except WorkerLost as error:
-                if len(self.missing) == len(missing):
+                if (len(self.missing), len(self.again)) == (len(missing), partly):
                     raise
                 event("lism", self.folder.url, "pipeline started again", logging.WARNING, reason=str(error))
                 if not wants_json():
                     print(f"{error}; trying", file=sys.stderr)
+        # Only now, since a shard that was half replaced has left `again`, and all of it was done.
+        kept = sum(each.earlier.paired for each in self.again.values())
+        return sum(counts.samples for counts in self.finished.values()) - before - kept
 
     def _attempt(self, sizes: Mapping[str, int]) -> None:
         """Runs the pipeline over these shards and finishes every one as soon as all its samples are through."""
@@ -252,39 +255,45 @@ class Pairing:
         expected: dict[int, int] = {}
         writing: dict[Any, str] = {}
         with Progress(folder.url, sum(sizes.values()), len(shards), Metrics(folder.url)) as progress:
-            for group in stream_groups(shards, selected, config, provenance(config), on_gpu):
-                shard, items = shards[group.shard], waiting[group.shard]
-                items.update((item.number, item) for item in group.items)
-                work[group.shard] += group.work
-                bad = [item for item in group.items if item.problem is not None]
-                stages = [item.problem.stage for item in bad if item.problem is not None]
-                progress.passed(len(group.items), size_of(group.items), stages, group.work)
-                if bad and progress.bad > EARLY_BAD:
-                    example, all_bad = quarantined(shard, bad[-1]), bad_before + progress.bad
-                    check_bad(all_bad, samples_before + progress.images, config.max_bad_share, example, folder)
-                if group.count is not None:
-                    expected[group.shard] = group.count
-                if len(items) == expected.get(group.shard):
-                    through = list(waiting.pop(group.shard).values()), work.pop(group.shard)
-                    writing[finish.remote(shard, sizes[shard], *through, again.get(shard), folder)] = shard
-                    progress.skipped(sizes[shard] - size_of(items.values()))
-                self._collect(writing, progress, timeout_s=0)
+            try:
+                for group in stream_groups(shards, selected, config, provenance(config), on_gpu):
+                    shard, items = shards[group.shard], waiting[group.shard]
+                    items.update((item.number, item) for item in group.items)
+                    work[group.shard] += group.work
+                    bad = [item for item in group.items if item.problem is not None]
+                    stages = [item.problem.stage for item in bad if item.problem is not None]
+                    progress.passed(len(group.items), size_of(group.items), stages, group.work)
+                    if bad and progress.bad > EARLY_BAD:
+                        example, all_bad = quarantined(shard, bad[-1]), bad_before + progress.bad
+                        check_bad(all_bad, samples_before + progress.images, config.max_bad_share, example, folder)
+                    if group.count is not None:
+                        expected[group.shard] = group.count
+                    if len(items) == expected.get(group.shard):
+                        through = list(waiting.pop(group.shard).values()), work.pop(group.shard)
+                        writing[finish.remote(shard, sizes[shard], *through, again.get(shard), folder)] = shard
+                        progress.skipped(sizes[shard] - size_of(items.values()))
+                    self._collect(writing, progress, timeout_s=0)
+            except WorkerLost:
+                # Or the next attempt would write a shard that a task of this one is writing.
+                self._collect(writing, progress, timeout_s=None)
+                raise
             self._collect(writing, progress, timeout_s=None)
+            if left := len(self.missing):
+                raise WorkerLost(f"{left} shards came back incomplete; run the same command again, it goes on")
             progress.all_done()
-        if waiting:
-            raise WorkerLost(f"{len(waiting)} shards came back incomplete; run the same command again, it goes on")
 
     def _collect(self, writing: dict[Any, str], progress: Progress, timeout_s: float | None) -> None:
         """Moves the shards that are written by now, or all, from `writing` to `finished`.
 
-        Raises StageError for one that failed, WorkerLost for one that another attempt may do; one whose worker died
-        while it replaced an earlier output is no longer in `again`.
+        Then raises StageError for one that failed, WorkerLost for one that another attempt may do; one whose worker
+        died while it replaced an earlier output is no longer in `again`.
         """
         import ray
 
         if not writing:
             return
         ready, _ = ray.wait(list(writing), num_returns=len(writing), timeout=timeout_s)
+        problems: list[StageError] = []
         for reference in ready:
             shard = writing.pop(reference)
             try:
@@ -292,17 +301,20 @@ class Pairing:
             except ray.exceptions.RayTaskError as error:
                 if isinstance(error.cause, HalfReplaced):
                     del self.again[shard]
-                    raise WorkerLost(f"{error.cause}; it is done again whole") from None
-                raise StageError(
-                    f"the pairs of {shard_name(shard)} cannot be written: {type(error.cause).__name__}: {error.cause}; "
-                    "mend it and run the same command again, it goes on"
-                ) from None
+                    problems.append(WorkerLost(f"{error.cause}; it is done again whole"))
+                    continue
+                reason = f"{type(error.cause).__name__}: {error.cause}"
+                text = f"the pairs of {shard_name(shard)} cannot be written: {reason}"
+                problems.append(StageError(f"{text}; mend it and run the same command again, it goes on"))
             except ray.exceptions.RayError as error:
-                raise WorkerLost(f"the pairs of {shard_name(shard)} were not written: {error}") from error
-            self.finished[shard] = counts
-            progress.finished(counts.pairs, work)
-            told = {"samples": counts.samples, "pairs": counts.pairs, "quarantined": counts.quarantined}
-            event("lism", self.folder.url, "shard paired", shard=shard_name(shard), **told)
+                problems.append(WorkerLost(f"the pairs of {shard_name(shard)} were not written: {error}"))
+            else:
+                self.finished[shard] = counts
+                progress.finished(counts.pairs, work)
+                told = {"samples": counts.samples, "pairs": counts.pairs, "quarantined": counts.quarantined}
+                event("lism", self.folder.url, "shard paired", shard=shard_name(shard), **told)
+        if problems:  # the first that no other attempt mends, if there is one
+            raise min(problems, key=lambda problem: isinstance(problem, WorkerLost))
 
 
 def size_of(items: Iterable[Item]) -> int:
@@ -313,14 +325,21 @@ def size_of(items: Iterable[Item]) -> int:
 def finish_shard(
     shard: str, source_bytes: int, items: list[Item], work: list[Work], again: Again | None, folder: OutputFolder
 ) -> tuple[ShardCounts, Work]:
-    """Writes one shard's outputs from its samples. Returns its counts, and the work of writing."""
+    """Writes one shard's outputs from its samples. Returns its counts, and the work of writing.
+
+    Raises HalfReplaced where nothing of an earlier output is to be had.
+    """
     counts, pairs, bad = ShardCounts(source_bytes), {}, []
     for done in work:
         for phase, seconds in done.seconds.items():
             counts.add_work(phase, seconds, done.images)
     if again is not None:
-        if not folder.is_finished(shard):
+        stored = folder.counts(shard)
+        if stored is None:
             raise HalfReplaced(f"a worker died while it wrote the pairs of {shard_name(shard)}")
+        if stored != again.earlier:
+            # It was written to its end by a task whose answer was lost, and Ray, or the next attempt, runs this one.
+            return stored, Work.done_here("write", 0, {})
         items = [*items, *again.kept(shard, folder)]
         for phase, (busy, images) in again.earlier.work.items():
             counts.add_work(phase, busy, images)

@@ -1,7 +1,7 @@
 """What actors do with groups: propose regions, match sentences; and finding the sample that breaks them."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -97,26 +97,45 @@ class StageWorker:
     def apply_to(self, items: list[Item]) -> list[Item]:
         """The stage's work on items; where it fails, on fewer of them, down to the one to leave out.
 
-        Where the GPU is full the stage takes less at once from now on, if it can.
+        Where the GPU is full the stage's model takes less at once, and goes on so where that helped.
         This is the one place that catches everything: a sample that breaks a model must not break the run. Nor must
         one too large for the GPU's memory: an error of the run would come back each time that it is tried again, while
         the quarantine says what to change, and `--retry-quarantined` does it then.
         """
-        try:
-            return run_within(self.limit_s * len(items), partial(self.work, items))
-        except Exception as error:
-            problem = gpu.explained(error)
-            full = gpu.is_out_of_memory(error)
-        # Out here, since the error's traceback holds all tensors of the failed attempt.
-        gpu.recover(self.limit_s)
-        if full and getattr(self.work, "lessen", lambda: False)():  # a stage may be a plain function
-            print(f"{self.stage}: out of GPU memory, with less at once from now on", file=sys.stderr, flush=True)
-            return self.apply_to(items)
+        model: Any = getattr(self.work, "model", self.work)  # a stage may be a plain function
+        before = getattr(model, "at_once", ())
+        for at_once in halvings(before):
+            model.at_once = at_once
+            try:
+                done = run_within(self.limit_s * len(items), partial(self.work, items))
+            except Exception as error:
+                problem = gpu.explained(error)
+                full = gpu.is_out_of_memory(error)
+            else:
+                if at_once != before:
+                    text = f"{self.stage}: out of GPU memory, with less at once from now on"
+                    print(text, file=sys.stderr, flush=True)
+                return done
+            # Out here, since the error's traceback holds all tensors of the failed attempt.
+            gpu.recover(self.limit_s)
+            if not full:
+                break
+        # One picture that never fits must not slow down all that come after it.
+        model.at_once = before
         fewer = (len(items) + 1) // 2 if full else 1
         if len(items) == 1:
             return [items[0].failed(self.stage, problem)]
         parts = (items[start : start + fewer] for start in range(0, len(items), fewer))
         return [done for part in parts for done in self.apply_to(part)]
+
+
+def halvings(at_once: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """What to try in turn on a GPU that may be full: all, then half of the first number, down to one, then the next."""
+    yield at_once
+    for place in range(len(at_once)):
+        while at_once[place] > 1:
+            at_once = (*at_once[:place], at_once[place] // 2, *at_once[place + 1 :])
+            yield at_once
 
 
 class ProposeRegions:
@@ -128,15 +147,11 @@ class ProposeRegions:
 
         gpu.limit_memory(device, config.gpus_per_actor)
         self.limits = config.min_area, config.max_area
-        self.proposer = build_proposer(config.proposer, device)
-
-    def lessen(self) -> bool:
-        """Has the model take less at once from now on; False where it cannot."""
-        return self.proposer.lessen()
+        self.model = build_proposer(config.proposer, device)
 
     def __call__(self, items: list[Item]) -> list[Item]:
         pictures = [item.picture_HW3 for item in items if item.picture_HW3 is not None]
-        found = zip(items, pictures, self.proposer.propose(pictures), strict=True)
+        found = zip(items, pictures, self.model.propose(pictures), strict=True)
         return [
             replace(item, regions=usable(regions, (picture.shape[1], picture.shape[0]), *self.limits))
             for item, picture, regions in found
@@ -152,14 +167,10 @@ class MatchSentences:
 
         gpu.limit_memory(device, config.gpus_per_actor)
         self.provenance = provenance
-        self.matcher = Matcher(config.matcher, device)
-
-    def lessen(self) -> bool:
-        """Has the model take less at once from now on; False where it cannot."""
-        return self.matcher.lessen()
+        self.model = Matcher(config.matcher, device)
 
     def __call__(self, items: list[Item]) -> list[Item]:
-        matched = zip(items, self.matcher.match([as_task(item) for item in items]), strict=True)
+        matched = zip(items, self.model.match([as_task(item) for item in items]), strict=True)
         return [item.done(self.record(item, pairs)) for item, pairs in matched]
 
     def record(self, item: Item, pairs: list[Pair]) -> bytes:

@@ -1,5 +1,6 @@
 """From a proposer's settings to the proposer."""
 
+from goal_ray.precision import full_fp32
 from goal_ray.regions.config import DetectorConfig, FelzenszwalbConfig, GridConfig, ProposerConfig, SamConfig
 from goal_ray.regions.protocol import RegionProposer
 from goal_ray.regions.weights import DETECTOR_ADVICE, OFFICIAL, SAM_ADVICE, check_sum, find_checkpoint, torchvision_sum
@@ -26,10 +27,12 @@ def build_proposer(config: ProposerConfig, device: str = "cpu") -> RegionPropose
 
             path = find_checkpoint(config.checkpoint, SAM_ADVICE)
             check_sum(path, config.sha256 or OFFICIAL.get(path.name))
+            full_fp32()
             return SamProposer(load_sam(path).to(device), config)
         case DetectorConfig():
             from goal_ray.regions.detector import DetectorProposer, load_detector
 
             path = find_checkpoint(config.checkpoint, DETECTOR_ADVICE)
             check_sum(path, config.sha256 or torchvision_sum(path))
+            full_fp32()
             return DetectorProposer(load_detector(config.model, config.classes, path).to(device), config)

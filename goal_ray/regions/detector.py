@@ -45,29 +45,28 @@ class Backbone(nn.Module):
 
 
 class DetectorProposer:
-    """Regions of a loaded torchvision detector, on the device where it is; scores are the detector's."""
+    """Regions of a loaded torchvision detector, on the device where it is; scores are the detector's.
+
+    at_once  pictures a pass
+    """
 
     def __init__(self, model: Any, config: DetectorConfig):
         model.backbone = Backbone(model.backbone, config.precision)
         self.model = model
         self.config = config
-        self.images_per_batch = config.images_per_batch
+        self.at_once: tuple[int, ...] = (config.images_per_batch,)
         self.grid = GridProposer(GridConfig(levels=config.levels)) if config.levels else None
 
     @torch.inference_mode()
     def propose(self, images: Sequence[np.ndarray]) -> list[Regions]:
         """The detections on each image, surest first, then the cells of the grid."""
         found: list[Regions] = []
-        for start in range(0, len(images), self.images_per_batch):
-            found += self.detect(images[start : start + self.images_per_batch])
+        (together,) = self.at_once
+        for start in range(0, len(images), together):
+            found += self.detect(images[start : start + together])
         if self.grid is None:
             return found
         return [beside(mine, cells) for mine, cells in zip(found, self.grid.propose(images), strict=True)]
-
-    def lessen(self) -> bool:
-        """Takes half as many pictures a pass from now on; False where it is one already."""
-        self.images_per_batch, before = max(1, self.images_per_batch // 2), self.images_per_batch
-        return self.images_per_batch < before
 
     def detect(self, images: Sequence[np.ndarray]) -> list[Regions]:
         """The detections on a batch of images, of any sizes."""

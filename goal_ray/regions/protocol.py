@@ -29,15 +29,17 @@ def all_from(source: str, count: int) -> np.ndarray:
 
 
 class RegionProposer(Protocol):
-    """Finds regions. `build_proposer(config, device)` makes one."""
+    """Finds regions. `build_proposer(config, device)` makes one.
+
+    at_once  how much it takes at once, such as pictures and points; only speed and memory depend on it. Who uses the
+             proposer may set it lower
+    """
+
+    at_once: tuple[int, ...] = ()
 
     def propose(self, images: Sequence[np.ndarray]) -> list[Regions]:
         """The regions of each image, (H, W, 3) uint8 RGB; sizes may differ."""
         ...
-
-    def lessen(self) -> bool:
-        """Takes less of the device's memory at once from now on; False where it cannot."""
-        return False
 
 
 def usable(

@@ -62,7 +62,10 @@ class Found:
 
 
 class SamProposer:
-    """Regions of a loaded `segment_anything` Sam, on the device where the model is; scores are predicted IoUs."""
+    """Regions of a loaded `segment_anything` Sam, on the device where the model is; scores are predicted IoUs.
+
+    at_once  pictures a pass of the encoder, and points a pass of the decoder
+    """
 
     def __init__(self, sam: Any, config: SamConfig):
         from segment_anything.utils.amg import build_all_layer_point_grids
@@ -71,8 +74,8 @@ class SamProposer:
         self.sam = sam
         self.config = config
         self.dtype = dtype(config.precision)
-        self.images_per_batch = config.images_per_batch
-        self.points_per_batch = config.points_per_batch or (16 if sam.device.type == "cpu" else 64)
+        points = config.points_per_batch or (16 if sam.device.type == "cpu" else 64)
+        self.at_once: tuple[int, ...] = (config.images_per_batch, points)
         sam.image_encoder.to(self.dtype, memory_format=torch.channels_last)
         sam.mask_decoder.to(self.dtype).iou_prediction_head.float()
         self.encode = torch.compile(sam.image_encoder) if config.compile else sam.image_encoder
@@ -92,21 +95,12 @@ class SamProposer:
             for view in self.views(number, image_HW3):
                 layers[view.layer].append(view)
         found: dict[int, list[Found]] = defaultdict(list)
+        together, _ = self.at_once
         for views in layers.values():
-            for start in range(0, len(views), self.images_per_batch):
-                for each in self.segment(views[start : start + self.images_per_batch]):
+            for start in range(0, len(views), together):
+                for each in self.segment(views[start : start + together]):
                     found[each.view.image].append(each)
         return [self.merge(found[number]) for number in range(len(images))]
-
-    def lessen(self) -> bool:
-        """Takes half as many pictures a pass from now on, or half as many points; False where it is one of each."""
-        if self.images_per_batch > 1:
-            self.images_per_batch //= 2
-        elif self.points_per_batch > 1:
-            self.points_per_batch //= 2
-        else:
-            return False
-        return True
 
     def views(self, number: int, image_HW3: np.ndarray) -> Iterator[View]:
         """The image and its crops."""
@@ -133,11 +127,11 @@ class SamProposer:
         unit_P2 = torch.as_tensor(self.unit_points[views[0].layer], dtype=torch.float32, device=sam.device)
         scale_I12 = torch.tensor([[size[::-1]] for size in sizes], dtype=torch.float32, device=sam.device)
         parts: list[list[tuple[Tensor, ...]]] = [[] for _ in views]
-        # As many images a pass as give points_per_batch points.
-        together = max(1, self.points_per_batch // len(unit_P2))
+        _, points = self.at_once
+        together = max(1, points // len(unit_P2))  # images whose points make one pass
         for start in range(0, len(views), together):
             some = slice(start, start + together)
-            for points_P2 in unit_P2.split(self.points_per_batch):
+            for points_P2 in unit_P2.split(points):
                 logits_MHW, scores_M, image_M = decode_points(
                     sam,
                     features_ICHW[some],

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from html_page import read_page, section
@@ -21,7 +22,17 @@ HOSTILE = """</div><script>alert("1")</script><img src='http://x/y.png'>&amp;"""
 ODD_KEY = 'a" onload="alert(1)<b>caf\udce9'
 
 
-def make(folder: Path, name: str, captions: list[str], pairs: list[list[Pair]], keys: list[str] | None = None):
+MADE_BY = {"proposer": {"name": "grid"}, "matcher": {"model": {"name": "ViT-B-16"}, "min_similarity": 0.2}, "n": None}
+
+
+def make(
+    folder: Path,
+    name: str,
+    captions: list[str],
+    pairs: list[list[Pair]],
+    keys: list[str] | None = None,
+    made_by: dict[str, Any] = MADE_BY,
+):
     """Pairs one tar, a sentence for each line of a caption; a sample without pairs is bad. Returns its counts."""
     keys = keys or [f"{name}-{number}" for number in range(len(captions))]
     members = [
@@ -39,19 +50,16 @@ def make(folder: Path, name: str, captions: list[str], pairs: list[list[Pair]], 
             continue
         ends = [at for at, sign in enumerate(caption + "\n") if sign == "\n"]
         sentences = tuple(zip([0, *(end + 1 for end in ends[:-1])], ends, strict=True))
-        record = PairRecord((40, 30), sentences, (WHOLE, LEFT), tuple(mine), {})
+        record = PairRecord((40, 30), sentences, (WHOLE, LEFT), tuple(mine), made_by)
         items.append(Item(number, shown).done(record.to_bytes()))
     shard = str(folder / "in" / f"{name}.tar")
     counts, _ = finish_shard(shard, size_bytes(shard), items, [], None, OutputFolder(str(folder / "out")))
     return counts
 
 
-MADE_BY = {"proposer": {"name": "grid"}, "matcher": {"model": {"name": "ViT-B-16"}, "min_similarity": 0.2}, "n": None}
-
-
 def draw(folder: Path, *counts, seconds: float = 100.0, images: int = 22) -> str | None:
     result = summary(counts, seconds, images)
-    return draw_gallery(OutputFolder(str(folder / "out")), result, MADE_BY)
+    return draw_gallery(OutputFolder(str(folder / "out")), result)
 
 
 def cards(folder: Path, name: str):
@@ -129,11 +137,15 @@ def test_the_page_has_the_numbers_of_the_summary_and_the_kinds_of_reasons(two, t
     assert "Of the pairs, 5 % lie below 0.02, 25 % below 0.10" in section(page, "similarities").text
 
 
+def made_by(page) -> list[tuple[str, str]]:
+    """The settings that the page tells."""
+    return [(row.find("dt")[0].text, row.find("dd")[0].text) for row in section(page, "made-by").find("div")[1:]]
+
+
 def test_the_page_tells_what_made_the_pairs_and_all_numbers_before_the_pictures(two, tmp_path):
     draw(tmp_path, *two)
     page = read_page(tmp_path / "out" / "gallery.html")
-    rows = [(row.find("dt")[0].text, row.find("dd")[0].text) for row in section(page, "made-by").find("div")[1:]]
-    assert rows == [
+    assert made_by(page) == [
         ("proposer.name", "grid"),
         ("matcher.model.name", "ViT-B-16"),
         ("matcher.min_similarity", "0.2"),
@@ -142,6 +154,18 @@ def test_the_page_tells_what_made_the_pairs_and_all_numbers_before_the_pictures(
     names = [each.attributes["id"] for each in page.find("section")]
     assert set(names[:-3]) == {"numbers", "similarities", "made-by", "work", "quarantine"}
     assert names[-3:] == list(TITLES)
+
+
+def test_a_setting_that_differs_between_pairs_is_told_with_all_its_values(tmp_path):
+    limits = ({"max_pixels": 10, "versions": {"torch": "2"}}, {"max_pixels": 20, "versions": {"torch": "2"}})
+    counts = [
+        make(tmp_path, name, ["One."], [[Pair(0, 1, similarity)]], made_by=each)
+        for name, similarity, each in zip("ab", (0.3, 0.2), limits, strict=True)
+    ]
+    draw(tmp_path, *counts)
+    settings = dict(made_by(read_page(tmp_path / "out" / "gallery.html")))
+    assert set(settings.pop("max_pixels").split(" or ")) == {"10", "20"}
+    assert settings == {"versions.torch": "2"}
 
 
 def test_a_run_that_had_nothing_left_to_do_tells_no_speed(two, tmp_path):
@@ -204,6 +228,8 @@ def test_a_paired_tar_that_has_gone_or_changed_leaves_its_pairs_without_pictures
     assert draw(tmp_path, *two) == "gallery.html"
     assert all("cannot be shown: FileNotFoundError" in card.text for card in cards(tmp_path, "best"))
     assert all("x.tar: no sample at byte" in card.text for card in cards(tmp_path, "worst"))
+    ids = [each.attributes["id"] for each in read_page(tmp_path / "out" / "gallery.html").find("section")]
+    assert "made-by" not in ids
 
 
 def test_a_page_that_cannot_be_written_is_said_and_is_no_error(two, tmp_path, capsys):

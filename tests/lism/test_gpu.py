@@ -70,29 +70,82 @@ def test_a_group_too_large_for_the_gpu_is_halved_until_it_fits():
     assert all(item.problem is None for item in after.items)
 
 
-def test_a_stage_that_can_takes_less_at_once_and_remembers_it(capsys):
-    class Lessens(FillsTheGpu):
-        at_once = 4
+LESS = "match: out of GPU memory, with less at once from now on\n"
 
-        def __call__(self, items):
-            self.sizes.append((len(items), self.at_once))
-            if self.at_once > self.room:
-                raise FULL
-            return items
 
-        def lessen(self) -> bool:
-            self.at_once, before = max(1, self.at_once // 2), self.at_once
-            return self.at_once < before
+class TakesLess:
+    """A stage that can take less at once, as a model of two numbers does; notes its attempts.
 
-    stage = Lessens(room=1)
+    room    a GPU has it for so much at once
+    needed  number of an item -> the room that it needs besides
+    """
+
+    def __init__(self, room: int, needed: dict[int, int] | None = None):
+        self.model = SimpleNamespace(at_once=(2, 4))
+        self.room = room
+        self.needed = needed or {}
+        self.attempts: list[tuple[int, tuple[int, ...]]] = []
+
+    def __call__(self, items: list[Item]) -> list[Item]:
+        self.attempts.append((len(items), self.model.at_once))
+        first, second = self.model.at_once
+        if first * second + sum(self.needed.get(item.number, 0) for item in items) > self.room:
+            raise FULL
+        return items
+
+
+def test_a_stage_whose_gpu_is_too_small_takes_less_at_once_and_remembers_it(capsys):
+    stage = TakesLess(room=2)
     worker = StageWorker("match", lambda: stage, 60, Strikes())
     for _ in range(2):
         assert all(item.problem is None for item in worker(group(8)).items)
-    assert stage.sizes == [(8, 4), (8, 2), (8, 1), (8, 1)]
-    assert capsys.readouterr().err.count("match: out of GPU memory, with less at once from now on") == 2
-    stage.room = 0
-    after = worker(group(2))
-    assert all("out of GPU memory" in item.problem.reason for item in after.items)
+    assert stage.attempts == [(8, (2, 4)), (8, (1, 4)), (8, (1, 2)), (8, (1, 2))]
+    assert capsys.readouterr().err == LESS
+
+
+def test_a_picture_that_never_fits_leaves_no_trace_in_how_much_others_are_taken_at_once(capsys):
+    stage = TakesLess(room=8, needed={5: 100})
+    worker = StageWorker("match", lambda: stage, 60, Strikes())
+    after = worker(group(16))
+    assert [item.number for item in after.items if item.problem is not None] == [5]
+    assert "out of GPU memory" in after.items[5].problem.reason
+    # The others of its group, from the half without it on, and the next group.
+    assert [size for size, at_once in stage.attempts if at_once == (2, 4)] == [16, 8, 4, 4, 2, 1, 1, 2, 8]
+    worker(Group(0, [Item(0, "key")]))
+    assert stage.attempts[-1] == (1, (2, 4))
+    assert capsys.readouterr().err == ""
+
+
+def test_after_a_moment_in_which_a_neighbour_filled_the_gpu_all_is_as_before(capsys):
+    stage = TakesLess(room=0)
+    worker = StageWorker("match", lambda: stage, 60, Strikes())
+    assert all(item.problem is not None for item in worker(group(2)).items)
+    stage.room = 8
+    assert all(item.problem is None for item in worker(group(2)).items)
+    assert stage.attempts[-1] == (2, (2, 4))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_picture_that_never_fits_on_a_small_gpu_brings_back_the_setting_that_had_helped():
+    stage = TakesLess(room=4, needed={2: 100})
+    worker = StageWorker("match", lambda: stage, 60, Strikes())
+    worker(Group(0, [Item(0, "key")]))
+    assert stage.model.at_once == (1, 4)
+    after = worker(group(4))
+    assert [item.problem is None for item in after.items] == [True, True, False, True]
+    assert stage.model.at_once == (1, 4)
+
+
+def test_a_picture_that_fits_with_less_at_once_but_is_bad_does_not_count_as_help():
+    class ThenBad(TakesLess):
+        def __call__(self, items):
+            super().__call__(items)
+            raise ValueError("no")
+
+    stage = ThenBad(room=2)
+    (item,) = StageWorker("match", lambda: stage, 60, Strikes())(group(1)).items
+    assert item.problem.reason == "ValueError: no"
+    assert stage.model.at_once == (2, 4)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import webdataset
+from html_page import read_page, section
 from odd_tars import GOOD, MIXED, good, read_members, write_members, write_mixed
 from scraping import scraped
 from tiny_sam import tiny_sam
@@ -368,3 +369,11 @@ class TestRefusedBeforeRayStarts:
     def test_a_finished_folder_needs_no_ray_at_all(self, mixed, tiny_clip):
         again = run_lism(str(mixed.source), str(mixed.target), settings(tiny_clip, "max_bad_share=1"))
         assert {**again, "seconds": 0} == {**mixed.summary, "seconds": 0}
+
+    def test_a_run_with_nothing_left_to_do_tells_what_made_the_pairs_and_not_what_it_would_have_made(
+        self, mixed, tiny_clip
+    ):
+        run_lism(str(mixed.source), str(mixed.target), settings(tiny_clip, "max_bad_share=1", "max_pixels=2_000_000"))
+        made_by = section(read_page(mixed.target / "gallery.html"), "made-by").text
+        assert "1000000" in made_by
+        assert "2000000" not in made_by

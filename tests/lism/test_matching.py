@@ -57,6 +57,25 @@ def test_what_else_is_in_the_batch_changes_nothing_but_last_digits(matcher):
         assert [pair.similarity for pair in first] == pytest.approx([pair.similarity for pair in second], abs=1e-6)
 
 
+def test_fp32_is_no_tf32_where_a_matcher_is(tiny_clip, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    Matcher(MatcherConfig(ModelConfig(tiny_clip)), "cpu")
+    assert not torch.backends.cudnn.allow_tf32
+
+
+def test_a_matcher_finds_the_same_pairs_however_much_it_takes_at_once(tiny_clip, matcher):
+    other = Matcher(MatcherConfig(ModelConfig(tiny_clip), batch=5), "cpu")
+    passes = []
+    for name in ("_embed_crops", "_embed_texts"):
+        embed = getattr(other, name)
+        setattr(other, name, lambda some, embed=embed: passes.append(len(some)) or embed(some))
+    assert other.at_once == (5,)
+    other.at_once = (2,)
+    for first, second in zip(other.match(TASKS), matcher.match(TASKS), strict=True):
+        assert [pair.region for pair in first] == [pair.region for pair in second]
+    assert passes == [2, 2, 2, 2, 2, 2]  # 8 crops, 4 texts
+
+
 def test_the_same_batch_gives_the_same_bits(matcher):
     assert matcher.match(TASKS) == matcher.match(TASKS)
 

@@ -91,7 +91,7 @@ def test_a_proposer_that_fails_on_one_picture_costs_just_that_sample(tmp_path):
 
     def build():
         stage = ProposeRegions(settings(), "cpu")
-        stage.proposer = Refuses()
+        stage.model = Refuses()
         return stage
 
     after = StageWorker("propose", build, 60, Strikes())(group)

@@ -67,6 +67,23 @@ def test_cells_of_the_grid_stand_behind_the_detections_with_score_0(checkpoint):
         assert both.scores[count:].tolist() == [0] * 4
 
 
+def test_fp32_is_no_tf32_where_a_detector_is(checkpoint, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    build_proposer(config(LITE, checkpoint[LITE]))
+    assert not torch.backends.cudnn.allow_tf32
+
+
+def test_a_detector_finds_the_same_however_many_pictures_it_takes_at_once(checkpoint):
+    proposer = build_proposer(config(LITE, checkpoint[LITE], images_per_batch=2))
+    expected, passes = proposer.propose(IMAGES), []
+    proposer.model.register_forward_pre_hook(lambda _, given: passes.append(len(given[0])))
+    assert proposer.at_once == (2,)
+    proposer.at_once = (1,)
+    for found, before in zip(proposer.propose(IMAGES), expected, strict=True):
+        assert found.scores == pytest.approx(before.scores, abs=1e-5)
+    assert passes == [1, 1]
+
+
 def test_a_threshold_that_nothing_reaches_leaves_the_grid(checkpoint):
     (regions,) = build_proposer(config(LITE, checkpoint[LITE], score_thresh=1.1)).propose(IMAGES[:1])
     assert set(regions.sources) == {"grid"}

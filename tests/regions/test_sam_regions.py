@@ -334,11 +334,23 @@ def test_the_necks_norms_do_not_overflow_in_fp16(checkpoint, encoder):
         assert not torch.allclose(official.half()(x.half()).float(), half.float(), atol=0.01)
 
 
-def test_a_full_gpu_has_sam_take_less_at_once_and_find_the_same(checkpoint, image):
+def test_fp32_is_no_tf32_where_sam_is(checkpoint, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    build_proposer(SamConfig(checkpoint=checkpoint))
+    assert not torch.backends.cudnn.allow_tf32
+
+
+def test_sam_finds_the_same_however_much_it_takes_at_once(checkpoint, image):
     proposer = build_proposer(everything(checkpoint, points_per_side=4, images_per_batch=2, points_per_batch=3))
-    expected = proposer.propose([image])[0]
-    steps = []
-    while proposer.lessen():
-        steps.append((proposer.images_per_batch, proposer.points_per_batch))
-    assert steps == [(1, 3), (1, 1)]
-    np.testing.assert_allclose(proposer.propose([image])[0].boxes_px, expected.boxes_px, atol=1e-3)
+    assert proposer.at_once == (2, 3)
+    expected = proposer.propose([image, image])
+    encode, transform = proposer.encode, proposer.transform_tokens
+    passes = []
+    proposer.encode = lambda images: passes.append(len(images)) or encode(images)
+    proposer.transform_tokens = lambda model, points, *rest: (
+        passes.append(len(points)) or transform(model, points, *rest)
+    )
+    proposer.at_once = (1, 1)
+    for found, before in zip(proposer.propose([image, image]), expected, strict=True):
+        np.testing.assert_allclose(found.boxes_px, before.boxes_px, atol=1e-3)
+    assert set(passes) == {1}

@@ -1,11 +1,13 @@
-"""What all pages share."""
+"""Whether what OUT/gallery.html writes in a region's colour can be read."""
 
 import re
 
 import pytest
 
+from goal_ray.lism.counts import ShardCounts, summary
+from goal_ray.lism.gallery import draw_gallery
+from goal_ray.lism.output import OutputFolder
 from goal_ray.pages.colours import PALETTE
-from goal_ray.pages.render import render_page
 
 
 def luminance(colour: str) -> float:
@@ -30,8 +32,9 @@ def mixed(one: str, other: str, share: float) -> str:
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
 @pytest.mark.parametrize("colour", PALETTE)
-def test_numbers_in_a_region_s_colour_can_be_read_on_a_card(scheme, colour):
-    style = render_page("pages/page.html.j2").decode()
+def test_numbers_in_a_region_s_colour_can_be_read_on_a_card(tmp_path, scheme, colour):
+    draw_gallery(OutputFolder(str(tmp_path)), summary([ShardCounts()], 1.0, 0))
+    style = (tmp_path / "gallery.html").read_text("utf-8")
     card, ink = (re.findall(rf"--{name}: (#\w+)", style)[scheme] for name in ("card", "ink"))
     share = int(re.search(r"\.said b \{ color: color-mix\(in srgb, var\(--c, [^%]*?(\d+)%, var\(--ink\)\)", style)[1])
     assert contrast(mixed(colour, ink, share / 100), card) >= 4.5
