@@ -7,11 +7,11 @@ from typing import Any
 
 from goal_ray.config import to_text
 from goal_ray.errors import ShardError
+from goal_ray.events import say
 from goal_ray.lism.counts import Bar, describe_quantiles, histogram_bars
 from goal_ray.lism.groups import describe, storable_key
 from goal_ray.lism.output import OutputFolder
 from goal_ray.lism.picks import ORDERS, Pick
-from goal_ray.lism.progress import tell
 from goal_ray.pages.pictures import Picture, draw_picture
 from goal_ray.pages.render import render_page
 from goal_ray.pairs import read_pairs
@@ -62,7 +62,7 @@ def draw_gallery(folder: OutputFolder, result: Mapping[str, Any]) -> str | None:
         write_bytes(join(folder.url, GALLERY_FILE), page)
     # The run is done, and its result must not be lost over a page, whatever the storage or a picture does to it.
     except Exception as error:
-        tell(folder.url, f"no {GALLERY_FILE}: {describe(error)}")
+        say("lism", folder.url, f"no {GALLERY_FILE}: {describe(error)}")
         return None
     return GALLERY_FILE
 

@@ -7,15 +7,14 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
+from goal_ray.frozen_clip import FrozenClip
 from goal_ray.geometry import PixelGeometry, outer_box
 from goal_ray.lism.config import MatcherConfig
-from goal_ray.model import encode_image, encode_text, load_model
+from goal_ray.model import load_model
 from goal_ray.pairs import Pair
-from goal_ray.precision import autocast, full_fp32
 from goal_ray.settings import ResizeConfig
-from goal_ray.text import CaptionEncoder, pad_batch
+from goal_ray.text import CaptionEncoder
 
 T = TypeVar("T")
 
@@ -38,18 +37,14 @@ class Matcher:
     """
 
     def __init__(self, config: MatcherConfig, device: str):
-        full_fp32()
         loaded = load_model(config.model)
         self.config = config
         self.at_once: tuple[int, ...] = (config.batch,)
-        self.clip = loaded.clip.eval().to(device)
-        self.device = torch.device(device)
+        self.clip = FrozenClip(loaded, device, config.precision)
         self.encoder = CaptionEncoder(loaded.tokenizer)
         self.context_length = loaded.context_length
         crop = ResizeConfig(mode=config.crop_mode)
         self.geometry = PixelGeometry(crop, loaded.size_px, loaded.grid_HW, loaded.preprocess["interpolation"])
-        self.mean = torch.tensor(loaded.preprocess["mean"], device=device).view(3, 1, 1)
-        self.std = torch.tensor(loaded.preprocess["std"], device=device).view(3, 1, 1)
 
     @torch.inference_mode()
     def match(self, tasks: Sequence[MatchTask]) -> list[list[Pair]]:
@@ -57,11 +52,11 @@ class Matcher:
 
         All crops go through the model together, and so do all sentences, each text once.
         """
-        crops_RE = self._embed(self._crops(tasks), self._embed_crops)
+        crops_RE = self._embed(self._crops(tasks), lambda squares: self.clip.embed_pictures(torch.stack(squares)))
         texts = list(dict.fromkeys(sentence for task in tasks for sentence in task.sentences))
         row = {text: number for number, text in enumerate(texts)}
         ids = (self.encoder.encode(text, [], self.context_length).ids for text in texts)
-        texts_SE = self._embed(ids, self._embed_texts)
+        texts_SE = self._embed(ids, self.clip.embed_texts)
         regions = crops_RE.split([len(task.boxes_px_R4) for task in tasks])
         return [
             pick_pairs(texts_SE[[row[sentence] for sentence in task.sentences]] @ mine_RE.T, self.config)
@@ -73,25 +68,18 @@ class Matcher:
         for task in tasks:
             height, width = task.picture_HW3.shape[:2]
             # A copy, since torch takes no read-only array, and what came through Ray is one.
-            picture_3HW = torch.from_numpy(task.picture_HW3.copy()).to(self.device).permute(2, 0, 1)
+            picture_3HW = torch.from_numpy(task.picture_HW3.copy()).to(self.clip.device).permute(2, 0, 1)
             for box in task.boxes_px_R4.tolist():
                 x0, y0, x1, y1 = outer_box(box, (width, height))
                 yield self.geometry.square(picture_3HW[:, y0:y1, x0:x1])
 
     def _embed(self, inputs: Iterable[T], embed: Callable[[list[T]], torch.Tensor]) -> torch.Tensor:
-        """Embeddings of unit length in fp32, as many inputs a pass as `at_once` says."""
+        """The embeddings, of as many inputs a pass as `at_once` says."""
         (together,) = self.at_once
         source, chunks = iter(inputs), []
-        with autocast(self.device, self.config.precision):
-            while some := list(islice(source, together)):
-                chunks.append(F.normalize(embed(some).float(), dim=-1))
+        while some := list(islice(source, together)):
+            chunks.append(embed(some))
         return torch.cat(chunks)
-
-    def _embed_crops(self, squares: list[torch.Tensor]) -> torch.Tensor:
-        return encode_image(self.clip, (torch.stack(squares).float() / 255 - self.mean) / self.std).pooled_BE
-
-    def _embed_texts(self, ids: list[np.ndarray]) -> torch.Tensor:
-        return encode_text(self.clip, torch.from_numpy(pad_batch(ids)).to(self.device)).pooled_BE
 
 
 def pick_pairs(similarity_SR: torch.Tensor, config: MatcherConfig) -> list[Pair]:

@@ -8,7 +8,6 @@ those of the last WINDOW_S, or longer where a single group takes longer. A stage
 in which its workers worked; workers that reported nothing in it do not count. The bottleneck is the busiest stage.
 """
 
-import logging
 import sys
 import threading
 import time
@@ -25,14 +24,6 @@ WINDOW_S = 30.0
 LINE_EVERY_S = 30.0
 BEAT_S = 5.0  # Ray forgets a gauge that is not set again
 SETTLED_S = 2.0  # before, a single report would decide the speed
-
-
-def tell(run: str, text: str) -> None:
-    """Says on stderr what people should know of a run, its output folder; as a log record where those are wanted."""
-    if wants_json():
-        event("lism", run, text, logging.WARNING)
-    else:
-        print(text, file=sys.stderr)
 
 
 class Meter:

@@ -16,7 +16,7 @@ from goal_ray import __version__
 from goal_ray.bad_samples import bad_record, describe_bad
 from goal_ray.config import to_tree, to_yaml
 from goal_ray.errors import StageError
-from goal_ray.events import event, wants_json
+from goal_ray.events import event, say, wants_json
 from goal_ray.lism.config import LismConfig
 from goal_ray.lism.counts import ShardCounts, summary
 from goal_ray.lism.gallery import draw_gallery
@@ -25,7 +25,7 @@ from goal_ray.lism.metrics import Metrics
 from goal_ray.lism.output import OutputFolder
 from goal_ray.lism.picks import Pick
 from goal_ray.lism.pipeline import WorkerLost, stream_groups
-from goal_ray.lism.progress import Progress, tell
+from goal_ray.lism.progress import Progress
 from goal_ray.lism.reading import Selection
 from goal_ray.lism.work import Work
 from goal_ray.ray_session import is_joined, ray_session
@@ -70,7 +70,7 @@ def run_lism(source: str, target: str, config: LismConfig, retry_quarantined: bo
     if pairing.missing:
         with ray_session(busy_cpus=config.least_actors):
             if notice:
-                tell(target, notice)
+                say("lism", target, notice)
             images = pairing.run()
     result = summary((finished[shard] for shard in shards), time.perf_counter() - began, images)
     result["gallery"] = draw_gallery(folder, result)
@@ -153,7 +153,7 @@ def choose_gpu(config: LismConfig, run: str) -> bool:
                 raise StageError(
                     f"{problem}; change actor_resources, proposer_actors, matcher_actors, gpus_per_actor or device"
                 )
-            tell(run, f"waiting for the cluster to grow: {problem}")
+            say("lism", run, f"waiting for the cluster to grow: {problem}")
     return on_gpu
 
 

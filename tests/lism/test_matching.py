@@ -34,7 +34,7 @@ TASKS = [
 
 
 def test_a_sentence_gets_the_region_whose_crop_is_most_similar(matcher):
-    clip, tokenize = matcher.clip, open_clip.get_tokenizer("tiny_clip")
+    clip, tokenize = matcher.clip.clip, open_clip.get_tokenizer("tiny_clip")
     preprocess = image_transform_v2(PreprocessCfg(size=32), is_train=False)
     for asked, pairs in zip(TASKS, matcher.match(TASKS), strict=True):
         image = Image.fromarray(asked.picture_HW3)
@@ -66,9 +66,9 @@ def test_fp32_is_no_tf32_where_a_matcher_is(tiny_clip, monkeypatch):
 def test_a_matcher_finds_the_same_pairs_however_much_it_takes_at_once(tiny_clip, matcher):
     other = Matcher(MatcherConfig(ModelConfig(tiny_clip), batch=5), "cpu")
     passes = []
-    for name in ("_embed_crops", "_embed_texts"):
-        embed = getattr(other, name)
-        setattr(other, name, lambda some, embed=embed: passes.append(len(some)) or embed(some))
+    for name in ("embed_pictures", "embed_texts"):
+        embed = getattr(other.clip, name)
+        setattr(other.clip, name, lambda some, embed=embed: passes.append(len(some)) or embed(some))
     assert other.at_once == (5,)
     other.at_once = (2,)
     for first, second in zip(other.match(TASKS), matcher.match(TASKS), strict=True):

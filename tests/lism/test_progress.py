@@ -8,7 +8,7 @@ import pytest
 from tqdm import tqdm
 
 from goal_ray.lism import progress as progress_module
-from goal_ray.lism.progress import LINE_EVERY_S, Meter, Progress, tell
+from goal_ray.lism.progress import LINE_EVERY_S, Meter, Progress
 from goal_ray.lism.work import Work
 
 
@@ -149,20 +149,13 @@ def test_where_log_records_are_wanted_there_are_these_and_no_line(clock, monkeyp
         feed(progress, clock, 300)
         progress.finished(40, work("write", 0.5))
         progress.all_done()
-    tell("s3://b/out", "the cluster is small")
     assert sys.stderr.getvalue() == ""
-    *lines, last, told = caplog.records
+    *lines, last = caplog.records
     assert len(lines) == 300 / LINE_EVERY_S
     assert {(record.run, record.stage) for record in caplog.records} == {("s3://b/out", "lism")}
     assert (lines[-1].message, lines[-1].share, lines[-1].images_per_s, lines[-1].images) == ("pairing", 0.5, 12, 3600)
     assert list(lines[-1].busy) == ["propose", "match", "read"]
     assert (last.message, last.images, last.shards_done, last.quarantined) == ("all shards paired", 3600, 1, 300)
-    assert (told.message, told.levelname) == ("the cluster is small", "WARNING")
-
-
-def test_elsewhere_people_are_told(capsys):
-    tell("out", "the cluster is small")
-    assert capsys.readouterr().err == "the cluster is small\n"
 
 
 def test_on_a_terminal_of_100_columns_the_whole_line_can_be_read(clock, monkeypatch):
