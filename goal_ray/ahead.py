@@ -2,8 +2,10 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TypeVar
+
+from goal_ray import storage
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -17,13 +19,10 @@ def read_ahead(
     Raises what `work` raises when the results before it are taken, and what `items` raises at once.
     """
     waiting: deque[Future[Result]] = deque()
-    pool = ThreadPoolExecutor(threads)
-    try:
+    with storage.threads(threads) as pool:  # who takes no more need not wait for all that was begun
         for item in items:
             waiting.append(pool.submit(work, item))
             if len(waiting) > ahead:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)  # who takes no more need not wait for all that was begun

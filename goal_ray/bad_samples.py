@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+LONGEST_REASON = 1000
 # What is of one sample in a reason: an address, a quotation or list, a number.
 SPECIFIC = (
     (r"\S+\.tar\b", "….tar"),
@@ -32,7 +33,8 @@ def describe_bad(record: Mapping[str, Any]) -> str:
 
 def kind_of(record: Mapping[str, Any]) -> str:
     """Stage and reason of a record without what only this sample has: addresses, quotations, numbers."""
-    reason = record["reason"].replace(record["shard"], "….tar")
+    # A pattern may take the square of the time that a long reason takes.
+    reason = record["reason"].replace(record["shard"], "….tar")[:LONGEST_REASON]
     for pattern, instead in SPECIFIC:
         reason = re.sub(pattern, instead, reason)
     return f"{record['stage']}: {reason}"

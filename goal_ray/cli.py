@@ -1,6 +1,7 @@
 """What all command lines share: parsing with `key=value` overrides, and errors without tracebacks."""
 
 import argparse
+import io
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -72,6 +73,9 @@ def printable(text: str) -> str:
 
 def run_main(main: Callable[[Sequence[str] | None], None], arguments: Sequence[str] | None = None) -> None:
     """Runs a stage's main; a user's error, or the system's, becomes one message on stderr and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a key may hold what the terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(arguments)
     except (GoalRayError, OSError) as error:  # OSError: no rights, no room, no such place; it names the file

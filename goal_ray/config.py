@@ -119,7 +119,11 @@ class _Loader(yaml.SafeLoader):
 
 def parse_yaml(text: str) -> Any:
     """The plain values that a YAML text stands for. Raises yaml.YAMLError, RepeatedKey among others."""
-    return yaml.load(text, _Loader)
+    try:
+        return yaml.load(text, _Loader)
+    # Of what looks like a date or says to be a number, and is none; of brackets in brackets in ...
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        raise yaml.YAMLError(f"a value makes no sense: {error}") from None
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

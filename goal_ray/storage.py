@@ -14,12 +14,13 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache, partial
 from pathlib import Path
+from threading import Event
 from typing import IO, Any, TypeVar
 
 import tenacity
@@ -34,15 +35,40 @@ FEW = 100
 PARALLEL_READS = 32
 READ_BYTES = 1 << 20
 PATIENCE_S = float(os.environ.get("GOAL_RAY_STORAGE_PATIENCE_S", "600"))
-LASTING = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
-LASTING_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG)
-NETWORK_LIBRARIES = ("aiohttp", "botocore", "gcsfs", "google", "requests", "urllib3")
+LASTING_NUMBERS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
+    *(errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG, errno.EOPNOTSUPP),
+)
+NETWORK_LIBRARIES = (
+    "aiohttp",
+    "botocore",
+    "gcsfs",
+    "google",
+    "httpx",
+    "httpx2",
+    "huggingface_hub",
+    "requests",
+    "urllib3",
+)
 PASSING_REFUSALS = (408, 425, 429)  # too slow, too early, too many requests
+# What storages tell of a file that is another one when it is replaced, the surest first.
+VERSIONS = ("generation", "ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified")
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci", "tos", "hf"}
 NAME_CHARS = 40  # of 4 bytes at most: with what a temporary name adds they fit into the 255 bytes of a name
 Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 _at_most_s: ContextVar[float] = ContextVar("_at_most_s", default=math.inf)
+_over: ContextVar[Event] = ContextVar("_over", default=Event())  # noqa: B039 (nobody sets the default)
+
+
+class FileReplaced(OSError):
+    """A file is another one than when its reading began."""
+
+
+LASTING = (
+    *(FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError),
+    FileReplaced,
+)
 
 
 def may_pass(error: BaseException) -> bool:
@@ -62,7 +88,8 @@ def is_storage_error(error: BaseException) -> bool:
 
 def is_refused(error: BaseException) -> bool:
     """Whether a network library raised it for a server's answer that stays the same (HTTP 4xx, but for a few)."""
-    status = getattr(error, "status", None) or getattr(error, "code", None)
+    answer = getattr(error, "response", None)
+    status = getattr(error, "status", None) or getattr(error, "code", None) or getattr(answer, "status_code", None)
     refused = isinstance(status, int) and 400 <= status < 500 and status not in PASSING_REFUSALS
     return refused and is_storage_error(error)
 
@@ -72,7 +99,7 @@ def patiently(request: Callable[[], Result], url: str) -> Result:
 
     The pauses are random and grow to half a minute, so that a thousand workers do not come back at the same moment.
     """
-    patience_s = min(PATIENCE_S, _at_most_s.get())
+    patience_s, over = min(PATIENCE_S, _at_most_s.get()), _over.get()
 
     def say(state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
@@ -82,7 +109,8 @@ def patiently(request: Callable[[], Result], url: str) -> Result:
     return tenacity.Retrying(
         retry=tenacity.retry_if_exception(may_pass),
         wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
-        stop=tenacity.stop_after_delay(patience_s),
+        stop=tenacity.stop_any(tenacity.stop_after_delay(patience_s), tenacity.stop_when_event_set(over)),
+        sleep=tenacity.sleep_using_event(over),
         before_sleep=say,
         reraise=True,
     )(request)
@@ -98,13 +126,30 @@ def patience(seconds: float) -> Iterator[None]:
         _at_most_s.reset(token)
 
 
+@contextmanager
+def threads(number: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads for requests. Where the block ends, those that wait for a failing storage give up, and no more begin."""
+    over = Event()
+    pool = ThreadPoolExecutor(number, initializer=_over.set, initargs=(over,))
+    try:
+        yield pool
+    finally:
+        over.set()
+        pool.shutdown(cancel_futures=True)
+
+
 def file_system(url: str) -> tuple[Any, str]:
     """fsspec's file system for an address, and the path there. Remembers no listing: other processes write, too.
 
-    Raises ConfigError where the library for this kind of storage is not installed.
+    Raises ConfigError for a kind of storage that is not known, or whose library is not installed.
     """
+    if "::" in url and "://" not in url:  # a file's name; fsspec would take it for one storage behind another
+        local = LocalFileSystem(use_listings_cache=False)
+        return local, local._strip_protocol(url)
     try:
         return url_to_fs(url, use_listings_cache=False)
+    except ValueError as error:
+        raise ConfigError(f"{url}: {error}; is the address right?") from None
     except ImportError as error:
         raise ConfigError(f"{url}: {error}: pip install 'goal_ray[s3]' or 'goal_ray[gcs]', or that library") from None
 
@@ -122,11 +167,20 @@ class _RemoteFile(io.RawIOBase):
         self.fs, self.path = file_system(url)
         self.place = 0
         self.file: Any = None
-        self.size = told_bytes(patiently(self._open, url).size, url)
+        self.first: tuple[Any, str | None] | None = None
+        size = patiently(self._open, url).size
+        if size is None and patiently(lambda: self.fs.info(self.path), url).get("partial") is False:
+            raise serves_no_parts(url)
+        self.size = told_bytes(size, url)
 
     def _open(self) -> Any:
         if self.file is None:
-            self.file = self.fs.open(self.path, "rb")
+            file = self.fs.open(self.path, "rb")
+            opened = file.size, version(getattr(file, "details", None) or {})
+            self.first = self.first or opened
+            if opened != self.first:
+                raise FileReplaced(errno.ESTALE, "was replaced while it was read; run the same command again", self.url)
+            self.file = file
         return self.file
 
     def _read(self, length: int) -> bytes:
@@ -139,7 +193,12 @@ class _RemoteFile(io.RawIOBase):
             raise
 
     def readinto(self, buffer: Any) -> int:
-        data = patiently(lambda: self._read(len(buffer)), self.url)
+        try:
+            data = patiently(lambda: self._read(len(buffer)), self.url)
+        except ValueError as error:
+            if "range requests" not in str(error):
+                raise
+            raise serves_no_parts(self.url) from None
         buffer[: len(data)] = data
         self.place += len(data)
         return len(data)
@@ -164,6 +223,11 @@ class _RemoteFile(io.RawIOBase):
         super().close()
 
 
+def serves_no_parts(url: str) -> OSError:
+    """The error for a web server that sends files only whole."""
+    return OSError(errno.EOPNOTSUPP, "its server serves no parts of files; copy it to a disk or an object store", url)
+
+
 def open_read(url: str) -> IO[bytes]:
     """Opens a file for reading; seekable, buffered. The caller closes it. Raises ShardError as `size_bytes`."""
     fs, path = file_system(url)
@@ -175,12 +239,21 @@ def open_atomic(url: str) -> Iterator[IO[bytes]]:
     """Opens a file for writing that appears under its name only if the block succeeds.
 
     A hidden temporary file beside it, on a local disk synced, is moved into place. Object stores show an object only
-    after a complete upload, and the upload is discarded on an error.
+    after a complete upload, and the upload is discarded on an error. A device or a pipe is written as it is; of a link,
+    the file it leads to is replaced. Raises ConfigError for a storage that takes no files.
     """
     fs, path = file_system(url)
-    fs.makedirs(fs._parent(path), exist_ok=True)
+    local = isinstance(fs, LocalFileSystem)
+    if local and os.path.exists(path) and not os.path.isfile(path):
+        with open(path, "wb") as file:
+            yield file
+        return
+    path = os.path.realpath(path) if local else path
+    object_store = bool(OBJECT_STORES.intersection(protocols(fs)))
+    if not object_store:  # s3fs would make a bucket
+        fs.makedirs(fs._parent(path), exist_ok=True)
     temporary = temporary_beside(path)
-    if isinstance(fs, LocalFileSystem):
+    if local:
         try:
             with open(temporary, "wb") as file:
                 yield file
@@ -190,13 +263,21 @@ def open_atomic(url: str) -> Iterator[IO[bytes]]:
         finally:
             if os.path.exists(temporary):
                 os.unlink(temporary)
-    elif OBJECT_STORES.intersection(protocols(fs)):
+    elif object_store:
         file = fs.open(path, "wb")
         with undone_on_error(partial(_discard, file), url):
             yield file
-            file.close()
+            try:
+                file.close()
+            except FileNotFoundError as error:
+                raise FileNotFoundError(
+                    errno.ENOENT, f"{error}; make the bucket first, or mend its name", url
+                ) from None
     else:
-        file = fs.open(temporary, "wb")
+        try:
+            file = fs.open(temporary, "wb")
+        except NotImplementedError:
+            raise ConfigError(f"{url}: no files can be written there; use a disk or an object store") from None
         with undone_on_error(partial(_remove_written, fs, file, temporary), url):
             yield file
             file.close()
@@ -304,6 +385,18 @@ def told_bytes(size: int | None, url: str) -> int:
     return int(size)
 
 
+def version(info: Mapping[str, Any]) -> str | None:
+    """What is another one when a file is replaced, of what its storage tells about it; None where it tells nothing."""
+    return next((str(info[name]) for name in VERSIONS if info.get(name) is not None), None)
+
+
+def identity(url: str) -> tuple[int, str | None]:
+    """The length and `version` of a file. Raises as `size_bytes`."""
+    fs, path = file_system(url)
+    info = patiently(lambda: fs.info(path), url)
+    return told_bytes(info["size"], url), version(info)
+
+
 def sizes_bytes(urls: Sequence[str]) -> dict[str, int]:
     """The lengths of files, as `size_bytes`. Many of one folder are looked up in one listing of it."""
     folders: dict[str, list[str]] = {}
@@ -322,7 +415,7 @@ def sizes_bytes(urls: Sequence[str]) -> dict[str, int]:
 
 def read_all(urls: Sequence[str]) -> Iterator[bytes]:
     """The contents of small files, in order, several read at a time."""
-    with ThreadPoolExecutor(PARALLEL_READS) as pool:
+    with threads(PARALLEL_READS) as pool:
         yield from pool.map(read_bytes, urls)
 
 
@@ -344,6 +437,8 @@ def read_range(url: str, start: int, length: int) -> bytes:
             data = file.read(length)
     else:
         data = bytes(patiently(lambda: fs.cat_file(path, start=start, end=start + length), url))
+        if len(data) > length:
+            raise serves_no_parts(url)
     if len(data) != length:
         raise OSError(f"{url}: holds {len(data)} of the {length} bytes from {start} on; was it changed meanwhile?")
     return data

@@ -51,18 +51,25 @@ def write_index(tar: str, places: Sequence[MemberPlace], tar_bytes: int) -> None
 def read_index(tar: str) -> list[MemberPlace] | None:
     """What the index of a tar says; None where none can be read that fits the tar's size and this version."""
     try:
-        table = pyarrow.parquet.read_table(io.BytesIO(read_bytes(index_url(tar))))
+        data = read_bytes(index_url(tar))
     # S3 says "forbidden" of what is missing to those who may not list.
-    except (FileNotFoundError, NotADirectoryError, PermissionError, pyarrow.ArrowInvalid):
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return None
+    try:
+        table = pyarrow.parquet.read_table(io.BytesIO(data))
+        columns = [column.to_pylist() for column in table.columns]
+    # Of a damaged index; Arrow has an OSError of its own, and text may not be UTF-8.
+    except (pyarrow.ArrowException, OSError, ValueError):
         return None
     metadata = table.schema.metadata or {}
     if (
         metadata.get(b"goal_ray.index") != VERSION.encode()
         or metadata.get(b"goal_ray.tar_bytes") != str(size_bytes(tar)).encode()
         or table.schema.remove_metadata() != SCHEMA
+        or any(column.null_count for column in table.columns)
     ):
         return None
-    samples, keys, *others = (column.to_pylist() for column in table.columns)
+    samples, keys, *others = columns
     names = [key.decode(errors="surrogateescape") for key in keys]
     return [MemberPlace(*row) for row in zip(samples, names, *others, strict=True)]
 

@@ -12,7 +12,17 @@ from typing import NamedTuple
 
 from goal_ray.errors import ShardError
 from goal_ray.storage import open_read, size_bytes
-from goal_ray.tars import DAMAGE, Gathering, Sample, iter_members, open_tar, read_member, split_name
+from goal_ray.tars import (
+    DAMAGE,
+    Gathering,
+    Sample,
+    describe_damage,
+    iter_members,
+    open_tar,
+    read_member,
+    sparse_problem,
+    split_name,
+)
 
 
 def read_part(url: str, offset_bytes: int, size_bytes: int) -> Sample:
@@ -57,7 +67,7 @@ def reading_headers(url: str) -> Iterator[tarfile.TarFile]:
             # Only a senseless place to seek to says something against the tar; else the storage fails.
             if isinstance(error, OSError) and error.errno != errno.EINVAL:
                 raise
-            raise ShardError(f"{url}: corrupt or truncated tar: {error}") from None
+            raise ShardError(f"{url}: {describe_damage(error)}") from None
 
 
 class MemberPlace(NamedTuple):
@@ -73,7 +83,7 @@ class MemberPlace(NamedTuple):
 def member_places(url: str) -> list[MemberPlace]:
     """The members of all samples of a tar, in order, found by reading only the headers.
 
-    Raises ShardError on a corrupt or truncated tar.
+    Raises ShardError on a corrupt or truncated tar, and for a sparse member.
     """
     places: list[MemberPlace] = []
     size = size_bytes(url)
@@ -82,6 +92,8 @@ def member_places(url: str) -> list[MemberPlace]:
             info = member.info
             if member.sample < 0:
                 continue
+            if info.issparse():
+                raise ShardError(f"{url}: {sparse_problem(info)}", member.key)
             if info.offset_data + info.size > size:
                 raise tarfile.ReadError(f"member {info.name!r} reaches beyond the end of the file")
             places.append(MemberPlace(member.sample, member.key, member.extension, info.offset_data, info.size))

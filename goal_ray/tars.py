@@ -22,6 +22,8 @@ CAPTION_EXTENSION = "txt"
 PAIRS_EXTENSION = "pairs.json"
 LARGEST_MEMBER_BYTES = 2**30
 TWO_PLACES = "the key stands at two places of the tar; put its members side by side, or rename one"
+COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
+CORRUPT = "corrupt or truncated tar"
 # What tarfile raises on a damaged tar; ValueError, where a number in an extended header makes no sense.
 DAMAGE = (tarfile.TarError, EOFError, ValueError)
 
@@ -126,6 +128,15 @@ class Member:
     extension: str
 
 
+class NotOneTar(tarfile.ReadError):
+    """A file is whole, and all members up to its first end mark are, but it is not one plain tar."""
+
+
+def describe_damage(error: BaseException) -> str:
+    """What one of DAMAGE says about a tar."""
+    return str(error) if isinstance(error, NotOneTar) else f"{CORRUPT}: {error}"
+
+
 class _MarkedInfo(tarfile.TarInfo):
     """Notes on the tar that its end mark was read; `tarfile` itself takes a cut between two members for the end."""
 
@@ -139,17 +150,31 @@ class _MarkedInfo(tarfile.TarInfo):
 
 
 def open_tar(file: IO[bytes], mode: Literal["r|", "r:"]) -> tarfile.TarFile:
-    """Opens a tar for `iter_members`: `r|` reads it once from the front, `r:` seeks from header to header."""
-    return tarfile.open(fileobj=file, mode=mode, tarinfo=_MarkedInfo)
+    """Opens a tar for `iter_members`: `r|` reads it once from the front, `r:` seeks from header to header.
+
+    Raises one of DAMAGE.
+    """
+    start = file.tell()
+    try:
+        return tarfile.open(fileobj=file, mode=mode, tarinfo=_MarkedInfo)
+    except tarfile.ReadError:
+        file.seek(start)
+        magic = file.read(max(map(len, COMPRESSED)))
+        programs = [program for known, program in COMPRESSED.items() if magic.startswith(known)]
+        if not programs:
+            raise
+        raise NotOneTar(f"the tar is compressed; unpack it with {programs[0]}") from None
 
 
 def iter_members(tar: tarfile.TarFile) -> Iterator[Member]:
     """The members of a tar from `open_tar` with their samples: the one place that says where a sample ends.
 
-    Raises one of DAMAGE on damage, and at the end of a tar that lacks its end mark, since it was cut short.
+    Raises one of DAMAGE on damage, at the end of a tar that lacks its end mark, since it was cut short, and where
+    another tar stands behind it, as `cat` leaves it.
     """
     sample, key = -1, None
     for info in tar:
+        forget_members(tar)
         if info.size < 0:  # tarfile would come back to the same header again and again
             raise tarfile.ReadError(f"member {info.name!r} has {info.size} bytes")
         name = split_name(info.name)
@@ -162,6 +187,31 @@ def iter_members(tar: tarfile.TarFile) -> Iterator[Member]:
         _skip_data(tar)
     if not getattr(tar, "saw_end_mark", False):
         raise tarfile.ReadError("the end-of-archive mark is missing")
+    if _tar_follows(tar):
+        raise NotOneTar("another tar stands behind the end mark, which no reader sees; part them")
+
+
+def forget_members(tar: tarfile.TarFile) -> None:
+    """Frees the headers of all members so far, which tarfile keeps, half a kilobyte each."""
+    tar.members.clear()  # type: ignore[attr-defined]
+
+
+def _tar_follows(tar: tarfile.TarFile) -> bool:
+    """Whether a member's header stands where one of a second tar would, behind the zeros that end the first.
+
+    Zeros may follow without end, and some programs fill the last record with anything.
+    """
+    assert tar.fileobj is not None
+    rest = tar.fileobj.read(tarfile.RECORDSIZE + 2 * tarfile.BLOCKSIZE)
+    for start in range(0, len(rest), tarfile.BLOCKSIZE):
+        block = rest[start : start + tarfile.BLOCKSIZE]
+        if any(block):
+            try:
+                tarfile.TarInfo.frombuf(block, tar.encoding or "utf-8", "surrogateescape")
+            except tarfile.HeaderError:
+                return False
+            return True
+    return False
 
 
 def _skip_data(tar: tarfile.TarFile) -> None:
@@ -189,18 +239,24 @@ def read_member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
     return data
 
 
+def sparse_problem(info: tarfile.TarInfo) -> str:
+    """What is wrong with a sparse member: it can be streamed, but its bytes do not stand side by side."""
+    return f"the member {info.name!r} is sparse; pack the tar without -S, or anew with `goal-ray shards make`"
+
+
 def stream_samples(url: str, wanted: Callable[[int], bool] = lambda number: True) -> Iterator[Sample]:  # noqa: ARG005
     """The samples of one tar, in order, reading it once from front to back.
 
     wanted  asked with a sample's number, from 0, when its first member is met and all samples before it are yielded;
             a sample that is not wanted comes without members, and they are not held in memory
 
-    Raises ShardError on a corrupt or truncated tar, after every sample that stands complete before the damage. What a
+    Raises ShardError on a corrupt or truncated tar, after every sample that stands complete before the damage, and for
+    two tars in one file, after those of the first. What a
     failing storage raises passes through: it says nothing against the tar.
     """
     current: Gathering | None = None
     number, reading = -1, False
-    damage: str | None = None
+    damage: BaseException | None = None
     with open_read(url) as file:
         try:
             with open_tar(file, "r|") as tar:
@@ -216,13 +272,15 @@ def stream_samples(url: str, wanted: Callable[[int], bool] = lambda number: True
                         assert current is not None
                         current.add(member.extension, member.info.size, partial(read_member, tar, member.info))
         except DAMAGE as error:
-            damage = str(error)
-    if damage is not None:
+            damage = error
+    if damage is not None and not isinstance(damage, NotOneTar):
         key = current.key if current is not None else ""
         last = f"; its last sample, {key!r}, may be incomplete" if key else ""
-        raise ShardError(f"{url}: corrupt or truncated tar: {damage}{last}", key)
+        raise ShardError(f"{url}: {describe_damage(damage)}{last}", key)
     if current is not None:
         yield current.sample()
+    if damage is not None:
+        raise ShardError(f"{url}: {describe_damage(damage)}")
 
 
 def write_tar(url: str, samples: Iterator[tuple[str, Mapping[str, bytes]]]) -> int:
@@ -238,6 +296,7 @@ def write_samples(file: IO[bytes], samples: Iterable[tuple[str, Mapping[str, byt
         for key, members in samples:
             for extension, data in members.items():
                 tar.addfile(member_info(f"{key}.{extension}", len(data)), io.BytesIO(data))
+            forget_members(tar)
             count += 1
     return count
 

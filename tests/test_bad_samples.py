@@ -43,3 +43,9 @@ def test_the_most_frequent_kind_is_told_by_its_first_example():
     records = [bad_record("in.tar", key, "decode", f"{key!r} is torn") for key in "ab"]
     told = most_frequent([bad_record("in.tar", "c", "decode", "empty"), *records])
     assert told == "the most frequent problem (2 of 3), for example in.tar: 'a' (decode): 'a' is torn"
+
+
+def test_of_a_very_long_reason_the_start_makes_the_kind():
+    kinds = {kind_of(bad_record("in.tar", "k", "decode", "x" * 100_000 + end)) for end in ("a", "b")}
+    assert len(kinds) == 1
+    assert len(kinds.pop()) < 2000

@@ -1,5 +1,6 @@
 """The command line: help that teaches, and errors of one line without a traceback."""
 
+import io
 import re
 import shutil
 import subprocess
@@ -233,3 +234,10 @@ def test_python_m_and_the_console_script_are_the_same(config):
     assert (printed, status) == ("", 2)
     assert complaint.startswith("error: ")
     assert complaint.endswith("nothing: no such file or folder\n")
+
+
+def test_a_terminal_that_lacks_a_letter_shows_it_as_an_escape(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    run_main(lambda _: print("café", flush=True))
+    assert written.getvalue() == b"caf\\xe9\n"

@@ -200,3 +200,12 @@ def test_explanations_take_the_terminals_width_as_far_as_it_can_be_read(monkeypa
     monkeypatch.setenv("COLUMNS", str(columns))
     lines = [line for line in describe(TrainConfig).splitlines() if " = " not in line]
     assert widest - 5 <= max(map(len, lines)) <= widest
+
+
+@pytest.mark.parametrize("text", ["2024-02-30", "!!int abc", "!!timestamp abc", "!!bool abc", "[" * 3000])
+def test_a_value_that_makes_no_sense_to_yaml_is_refused_naming_its_place(tmp_path, text):
+    with pytest.raises(ConfigError, match="seed"):
+        load_config(TrainConfig, None, [f"seed={text}"])
+    (tmp_path / "a.yaml").write_text(f"seed: {text}\n")
+    with pytest.raises(ConfigError, match=r"a\.yaml: not readable as YAML"):
+        load_config(TrainConfig, tmp_path / "a.yaml")

@@ -4,6 +4,7 @@ import pytest
 
 from goal_ray.errors import ShardError
 from goal_ray.shard_urls import expand_files, expand_shards
+from goal_ray.storage import write_bytes
 
 
 def test_shards_are_found_by_file_folder_glob_and_braces(tmp_path):
@@ -52,3 +53,37 @@ def test_a_brace_pattern_of_very_many_shards_finds_them_all_or_names_the_missing
     assert len(expand_shards(str(tmp_path / "t-{000..149}.tar"))) == 150
     with pytest.raises(ShardError, match=r"t-150\.tar: no such file"):
         expand_shards(str(tmp_path / "t-{000..150}.tar"))
+
+
+def test_a_brace_pattern_of_very_many_folders_means_the_tars_inside(tmp_path):
+    for number in range(102):
+        (tmp_path / f"part-{number:03}").mkdir()
+        (tmp_path / f"part-{number:03}" / f"{number}.tar").touch()
+    found = expand_shards(str(tmp_path / "part-{000..101}"))
+    assert sorted(found) == sorted(str(tmp_path / f"part-{number:03}" / f"{number}.tar") for number in range(102))
+
+
+@pytest.mark.parametrize("name", ["train[1].tar", "a{b.tar", "a{1,2}.tar", "a?.tar", "a*.tar", "x::y.tar"])
+def test_a_file_is_found_by_its_name_whatever_is_in_it(tmp_path, name):
+    for each in (name, "train1.tar", "a1.tar", "a2.tar"):
+        (tmp_path / each).touch()
+    assert expand_shards(str(tmp_path / name)) == [str(tmp_path / name)]
+
+
+@pytest.mark.parametrize("folder", ["x{1,2}", "x[1]"])
+@pytest.mark.parametrize("pattern", ["", "/b-*.tar", "/b-{0..1}.tar", "/b-[01].tar"])
+def test_a_folder_is_found_by_its_name_whatever_is_in_it(tmp_path, folder, pattern):
+    for each in (folder, "x1", "x2"):
+        (tmp_path / each).mkdir()
+        for number in range(2):
+            (tmp_path / each / f"b-{number}.tar").touch()
+    found = expand_shards(str(tmp_path / f"{folder}{pattern}"))
+    assert found == [str(tmp_path / folder / f"b-{number}.tar") for number in range(2)]
+
+
+def test_a_pattern_finds_the_objects_of_a_bucket(s3):
+    for number in range(3):
+        write_bytes(f"{s3}/a/{number}.tar", b"")
+    both = [f"{s3}/a/{number}.tar" for number in range(2)]
+    for pattern in ("a/{0..1}.tar", "a/[01].tar", "{a,a}/{0,1}.tar"):
+        assert expand_shards(f"{s3}/{pattern}") == both

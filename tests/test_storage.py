@@ -8,7 +8,8 @@ import subprocess
 import sys
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from pathlib import Path
+from threading import Event, Thread
 
 import aiohttp
 import fsspec
@@ -34,6 +35,8 @@ from goal_ray.storage import (
     sizes_bytes,
     write_bytes,
 )
+from goal_ray.tar_places import member_places
+from goal_ray.tars import stream_samples, write_tar
 
 HALF_WRITTEN = """
 import sys
@@ -237,13 +240,21 @@ def test_a_part_without_bytes_is_read_anywhere(s3, tmp_path):
 
 @pytest.fixture
 def web(tmp_path):
-    """The address of a server of files in a folder; it tells no length of those under /streamed/."""
+    """The address of a server of whole files in a folder.
+
+    It tells no length of those under /streamed/, and that it serves no parts of those under /whole/.
+    """
     (tmp_path / "streamed").mkdir()
 
     class Files(SimpleHTTPRequestHandler):
         def send_header(self, keyword, value):
             if keyword != "Content-Length" or not self.path.startswith("/streamed/"):
                 super().send_header(keyword, value)
+
+        def end_headers(self):
+            if self.path.startswith("/whole/"):
+                self.send_header("Accept-Ranges", "none")
+            super().end_headers()
 
         def log_message(self, *_):
             pass
@@ -316,6 +327,7 @@ def test_patience_ends(s3, s3_server, monkeypatch):
         PermissionError("a"),
         OSError(errno.ENOSPC, "full"),
         OSError(errno.ELOOP, "a link to itself"),
+        OSError(errno.EFBIG, "too large for a file"),
         TypeError(),
     ],
 )
@@ -335,3 +347,94 @@ def test_a_storage_whose_library_is_missing_is_told_with_the_remedy(monkeypatch)
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(ConfigError, match=r"gs://bucket/x: .*gcsfs.*: pip install .*goal_ray\[gcs\]"):
         file_system("gs://bucket/x")
+
+
+@pytest.mark.parametrize("place", ["a.tar", "whole/a.tar"])
+def test_a_server_of_whole_files_only_is_told_of_and_says_nothing_against_the_tar(web, tmp_path, place):
+    pictures = ((f"{number}", {"png": os.urandom(2**20), "txt": b"A cat."}) for number in range(12))
+    (tmp_path / "whole").mkdir()
+    write_tar(str(tmp_path / place), pictures)
+    for ask in (lambda url: list(stream_samples(url)), member_places, lambda url: read_range(url, 6_000_000, 10)):
+        with pytest.raises(OSError, match=r"its server serves no parts of files; copy it") as caught:
+            ask(f"{web}/{place}")
+        assert caught.value.errno == errno.EOPNOTSUPP
+
+
+def test_an_object_that_is_replaced_while_it_is_read_is_an_error_not_half_of_each(s3):
+    write_bytes(f"{s3}/a", b"old" * 40_000_000)  # s3fs reads 50 MB ahead
+    with open_read(f"{s3}/a") as file:
+        file.read(1000)
+        write_bytes(f"{s3}/a", b"new" * 40_000_000)
+        with pytest.raises(storage.FileReplaced, match="was replaced while it was read"):
+            file.read()
+
+
+def test_a_pipe_and_a_device_are_written_and_stay_what_they_are(tmp_path):
+    pipe = str(tmp_path / "pipe")
+    os.mkfifo(pipe)
+    read = []
+    reader = Thread(target=lambda: read.append(Path(pipe).read_bytes()))
+    reader.start()
+    write_bytes(pipe, b"text")
+    reader.join()
+    assert read == [b"text"]
+    assert kind(pipe) == "other"
+    write_bytes("/dev/null", b"text")
+    assert kind("/dev/null") == "other"
+
+
+def test_of_a_link_the_file_it_leads_to_is_replaced(tmp_path):
+    write_bytes(str(tmp_path / "folder" / "a"), b"old")
+    (tmp_path / "link").symlink_to("folder/a")
+    write_bytes(str(tmp_path / "link"), b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert read_bytes(str(tmp_path / "folder" / "a")) == b"new"
+
+
+def test_a_bucket_that_is_missing_is_not_made(s3):
+    with pytest.raises(FileNotFoundError, match="make the bucket first"):
+        write_bytes(f"{s3}-mistyped/folder/a", b"text")
+    assert not exists(f"{s3}-mistyped")
+
+
+@pytest.mark.parametrize("url", ["nosuch://a.tar", "nosuch://a/b::c"])
+def test_an_unknown_kind_of_storage_is_an_error_that_names_it(url):
+    with pytest.raises(ConfigError, match=f"{url}: Protocol not known: nosuch"):
+        read_bytes(url)
+
+
+def test_a_server_that_takes_no_files_is_an_error_that_names_the_file(web):
+    with pytest.raises(ConfigError, match=r"/a\.tar: no files can be written there"):
+        write_bytes(f"{web}/a.tar", b"text")
+
+
+def test_two_colons_may_be_part_of_a_local_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("x::y.tar", f"{tmp_path}/folder::1/y.tar"):
+        write_bytes(name, b"text")
+        assert (Path(name).read_bytes(), read_bytes(name)) == (b"text", b"text")
+
+
+def test_threads_that_wait_for_a_failing_storage_give_up_where_their_block_ends():
+    failed = Event()
+
+    def request():
+        failed.set()
+        raise ConnectionError("away")
+
+    with storage.threads(1) as pool:
+        waiting = pool.submit(storage.patiently, request, "s3://bucket/a")
+        assert failed.wait(60)
+    with pytest.raises(ConnectionError, match="away"):
+        waiting.result(0)
+
+
+def hub_error(status: int) -> Exception:
+    httpx = pytest.importorskip("httpx2")
+    answer = httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co/x"))
+    return pytest.importorskip("huggingface_hub.errors").HfHubHTTPError("no", response=answer)
+
+
+def test_what_the_hub_refuses_lasts_and_what_it_fails_at_passes():
+    assert [may_pass(hub_error(status)) for status in (401, 404, 429, 503)] == [False, False, True, True]
+    assert may_pass(pytest.importorskip("httpx2").ConnectError("away"))

@@ -105,7 +105,9 @@ def test_an_overwritten_part_of_a_tar_is_refused(tar):
         read_sample(tar, index, 0)
 
 
-@pytest.mark.parametrize("damage", ["cut", "garbage", "another table", "a later version"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "garbage", "a flipped byte", "no UTF-8", "nulls", "another table", "a later version"]
+)
 def test_a_damaged_index_is_not_used(tar, damage):
     place = Path(index_url(tar))
     table = pyarrow.parquet.read_table(place)
@@ -113,6 +115,16 @@ def test_a_damaged_index_is_not_used(tar, damage):
         place.write_bytes(place.read_bytes()[:-20])
     elif damage == "garbage":
         place.write_bytes(b"garbage")
+    elif damage == "a flipped byte":
+        data = bytearray(place.read_bytes())
+        data[len(b"PAR1") + 12] ^= 0xFF  # in the first page
+        place.write_bytes(data)
+    elif damage == "no UTF-8":
+        bad = pyarrow.array([b"\xff"] * len(table)).view(pyarrow.string())
+        pyarrow.parquet.write_table(table.set_column(2, table.schema.field(2), bad), place)
+    elif damage == "nulls":
+        nulls = pyarrow.nulls(len(table), pyarrow.binary())
+        pyarrow.parquet.write_table(table.set_column(1, table.schema.field(1), nulls), place)
     elif damage == "another table":
         pyarrow.parquet.write_table(table.drop_columns(["size"]), place)
     else:

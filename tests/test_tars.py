@@ -1,5 +1,6 @@
 """The shard contract, on real tars."""
 
+import importlib
 import io
 import tarfile
 from pathlib import Path
@@ -12,7 +13,17 @@ from hypothesis import strategies as st
 from goal_ray import tars
 from goal_ray.errors import CaptionError, ShardError
 from goal_ray.tar_places import MemberPlace, group_places, index_shard
-from goal_ray.tars import Gathering, Sample, end_mark, split_name, stored_bytes, stream_samples, write_tar
+from goal_ray.tars import (
+    Gathering,
+    Sample,
+    end_mark,
+    iter_members,
+    open_tar,
+    split_name,
+    stored_bytes,
+    stream_samples,
+    write_tar,
+)
 
 SAMPLES = [
     ("folder.d/a", {"png": b"1" * 3000, "txt": b"one"}),
@@ -199,3 +210,61 @@ def test_a_stray_member_that_reaches_beyond_the_end_is_damage(tmp_path):
     crafted(tmp_path / "x.tar", info.tobuf(tarfile.GNU_FORMAT))
     with pytest.raises(ShardError, match="reaches beyond the end of the file"):
         list(stream_samples(str(tmp_path / "x.tar")))
+
+
+@pytest.fixture
+def two_in_one(tar, tmp_path):
+    """Two tars in one file, as `cat` makes it."""
+    write_tar(str(tmp_path / "b.tar"), iter([("lost", {"jpg": b"p", "txt": b"A."})]))
+    (tmp_path / "both.tar").write_bytes(Path(tar).read_bytes() + (tmp_path / "b.tar").read_bytes())
+    return str(tmp_path / "both.tar")
+
+
+def test_a_tar_behind_a_tar_is_an_error_behind_all_samples_of_the_first(two_in_one):
+    read = []
+    with pytest.raises(ShardError, match=r"both\.tar: another tar stands behind the end mark.*part them"):
+        read.extend((sample.key, sample.members) for sample in stream_samples(two_in_one))
+    assert read == SAMPLES
+    with pytest.raises(ShardError, match="another tar stands behind the end mark"):
+        index_shard(two_in_one)
+
+
+@pytest.mark.parametrize("size", [0, 100, 512, 10_240, 11_264, 100_000])
+@pytest.mark.parametrize("filling", [b"\0", b"\xff"])
+def test_what_fills_a_tar_up_is_no_other_tar(tar, size, filling):
+    with open(tar, "ab") as file:
+        file.write(filling * size)
+    assert [sample.key for sample in stream_samples(tar)] == [key for key, _ in SAMPLES]
+    assert len(index_shard(tar)) == len(SAMPLES)
+
+
+@pytest.mark.parametrize(("module", "program"), [("gzip", "gunzip"), ("bz2", "bunzip2"), ("lzma", "unxz")])
+def test_a_compressed_tar_is_refused_naming_the_program_that_unpacks_it(tar, module, program):
+    Path(tar).write_bytes(importlib.import_module(module).compress(Path(tar).read_bytes()))
+    for read in (index_shard, lambda url: list(stream_samples(url))):
+        with pytest.raises(ShardError, match=rf"a\.tar: the tar is compressed; unpack it with {program}$"):
+            read(tar)
+
+
+def test_a_name_may_start_as_a_compressed_file_does(tmp_path):
+    write_tar(str(tmp_path / "a.tar"), iter([("BZh91AY", {"jpg": b"p", "txt": b"A."})]))
+    assert [sample.key for sample in stream_samples(str(tmp_path / "a.tar"))] == ["BZh91AY"]
+
+
+def test_a_sparse_member_can_be_streamed_and_is_refused_by_who_wants_its_place(tmp_path):
+    info = tarfile.TarInfo("a.txt")
+    info.size = 512
+    info.pax_headers = {"GNU.sparse.size": "1024", "GNU.sparse.numblocks": "1", "GNU.sparse.map": "512,512"}
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(info, io.BytesIO(b"x" * 512))
+    (sample,) = stream_samples(str(tmp_path / "x.tar"))
+    assert sample.members == {"txt": bytes(512) + b"x" * 512}
+    with pytest.raises(ShardError, match=r"x\.tar: the member 'a\.txt' is sparse; pack the tar without -S"):
+        index_shard(str(tmp_path / "x.tar"))
+
+
+@pytest.mark.parametrize("mode", ["r|", "r:"])
+def test_headers_that_were_read_are_not_held(tar, mode):
+    with open(tar, "rb") as file, open_tar(file, mode) as opened:
+        for _ in iter_members(opened):
+            assert opened.members == []

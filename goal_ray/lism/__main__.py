@@ -14,7 +14,8 @@ DESCRIPTION = """Match each sentence of every caption to a region of its picture
 IN is a folder, file, glob or brace pattern of WebDataset tars with KEY.jpg|jpeg|png|webp and KEY.txt. OUT gets one tar
 of the same name for each, its members unchanged plus KEY.pairs.json. A sample that cannot be used goes to
 OUT/quarantine with the reason. OUT/gallery.html shows what came out: numbers, and random, best and worst pairs. Run
-the same command again after an interruption: only what is missing is done."""
+the same command again after an interruption: only what is missing is done, and tars whose size has changed. For tars
+that were replaced by others of the same size, which the padding of small tars makes likely, use a new OUT."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

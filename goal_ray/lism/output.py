@@ -79,13 +79,16 @@ class OutputFolder:
         for shard, data in zip(shards, read_all([self._done(shard) for shard in shards]), strict=True):
             name = shard_name(shard)
             try:
-                counts = _COUNTS.validate_json(data)
-            except ValidationError as error:
-                where = ".".join(map(str, error.errors()[0]["loc"]))
+                counts = counts_of(data)
+            except ValueError as error:
+                problem = str(error)
+                if isinstance(error, ValidationError):
+                    first = error.errors()[0]
+                    problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
                 raise StageError(
-                    f"{self._done(shard)}: not as this version of goal_ray writes it ({where}: "
-                    f"{error.errors()[0]['msg']}); go on with the version that wrote it, use another OUT, or delete "
-                    f"the files in {join(self.url, 'done')} to pair all shards again"
+                    f"{self._done(shard)}: not as this version of goal_ray writes it ({problem}); go on with the "
+                    f"version that wrote it, use another OUT, or delete the files in {join(self.url, 'done')} to pair "
+                    "all shards again"
                 ) from None
             complete = (name in tars or not counts.paired) and (f"{name}.jsonl" in bad or not counts.quarantined)
             if complete and counts.source_bytes == sizes[shard]:
@@ -94,7 +97,7 @@ class OutputFolder:
 
     def counts(self, shard: str) -> ShardCounts | None:
         """What came out of a shard whose output was complete; None where somebody has begun to replace it."""
-        return _COUNTS.validate_json(read_bytes(self._done(shard))) if exists(self._done(shard)) else None
+        return counts_of(read_bytes(self._done(shard))) if exists(self._done(shard)) else None
 
     def quarantine(self, shards: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
         """For each of these finished shards, which all have some, the records of samples that were left out."""
@@ -109,29 +112,45 @@ class OutputFolder:
                     yield member.key, read_member(tar, member.info)
 
     def finish(
-        self, shard: str, pairs: Mapping[int, bytes], bad: Sequence[dict[str, Any]], counts: ShardCounts
+        self,
+        shard: str,
+        pairs: Mapping[int, bytes],
+        bad: Sequence[dict[str, Any]],
+        counts: ShardCounts,
+        keys: Mapping[int, str] | None = None,
     ) -> Work:
         """Writes a shard's outputs, in place of earlier ones; the order makes a kill at any moment harmless.
 
         pairs  sample number -> its pairs.json; samples that are not in it are left out of the tar
         bad    a record for every sample left out
+        keys   sample number -> its key when it was read; raises ShardError where the tar holds another one now
 
         Returns the work that it was. It is also added to `counts`, whose picks learn their places.
         """
         with measure("write") as seconds:
             remove(self._done(shard))
             if bad:
-                lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in bad)
-                write_bytes(self._quarantine(shard), lines.encode())
+                write_bytes(self._quarantine(shard), b"".join(json_bytes(record) + b"\n" for record in bad))
             else:
                 remove(self._quarantine(shard))
             remove_index(self.tar(shard))
             if pairs:
-                written = patiently(partial(write_paired_tar, shard, self.tar(shard), pairs), self.tar(shard))
+                write = partial(write_paired_tar, shard, self.tar(shard), pairs, keys)
+                written = patiently(write, self.tar(shard))
                 write_index(self.tar(shard), written.places, written.size_bytes)
                 counts.picks = counts.picks.placed(written.parts)
             else:
                 remove(self.tar(shard))
         counts.add_work("write", seconds["write"], len(pairs))
-        write_bytes(self._done(shard), json.dumps(asdict(counts), ensure_ascii=False).encode())
+        write_bytes(self._done(shard), json_bytes(asdict(counts)))
         return Work.done_here("write", len(pairs), seconds)
+
+
+def json_bytes(tree: dict[str, Any], indent: int | None = None) -> bytes:
+    """A tree as JSON. Bytes of a name that are not UTF-8, Python's surrogates, become JSON's escapes."""
+    return json.dumps(tree, indent=indent, ensure_ascii=False).encode("utf-8", "backslashreplace")
+
+
+def counts_of(data: bytes) -> ShardCounts:
+    """The counts of a shard, as stored. Raises ValueError, a ValidationError where it is JSON."""
+    return _COUNTS.validate_python(json.loads(data))  # pydantic's own parser refuses lone surrogates

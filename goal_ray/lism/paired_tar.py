@@ -3,9 +3,12 @@
 import io
 import tarfile
 from collections.abc import Mapping
+from contextlib import suppress
 from copy import copy
 from typing import NamedTuple
 
+from goal_ray.errors import ShardError
+from goal_ray.lism.groups import storable_key
 from goal_ray.storage import open_atomic, open_read
 from goal_ray.tar_places import MemberPlace
 from goal_ray.tars import (
@@ -13,7 +16,9 @@ from goal_ray.tars import (
     LARGEST_MEMBER_BYTES,
     PAIRS_EXTENSION,
     Member,
+    NotOneTar,
     end_mark,
+    forget_members,
     iter_members,
     member_info,
     open_tar,
@@ -35,8 +40,12 @@ class PairedTar(NamedTuple):
     size_bytes: int
 
 
-def write_paired_tar(source: str, target: str, pairs: Mapping[int, bytes]) -> PairedTar:
+def write_paired_tar(
+    source: str, target: str, pairs: Mapping[int, bytes], keys: Mapping[int, str] | None = None
+) -> PairedTar:
     """Copies a tar member by member, adding each sample's pairs.json behind its members; no tar is held in memory.
+
+    keys  sample number -> the sample's `storable_key` when its pairs were made. Raises ShardError for another one.
 
     Samples that are not in `pairs` are left out; members of no sample are kept, unless they have more than
     LARGEST_MEMBER_BYTES; an earlier pairs.json is replaced.
@@ -54,6 +63,7 @@ def write_paired_tar(source: str, target: str, pairs: Mapping[int, bytes]) -> Pa
         def add(header: tarfile.TarInfo, data: bytes, key: str, extension: str) -> None:
             """Adds a member, of a sample where it has a key."""
             output.addfile(header, io.BytesIO(data))
+            forget_members(output)
             if key:
                 # As a reader counts them: two samples of one key are one where what stood between them is left out.
                 sample = places[-1].sample + (places[-1].key != key) if places else 0
@@ -71,11 +81,17 @@ def write_paired_tar(source: str, target: str, pairs: Mapping[int, bytes]) -> Pa
 
         last: Member | None = None
         try:
-            with open_tar(input_file, "r|") as tar:
+            with suppress(NotOneTar), open_tar(input_file, "r|") as tar:  # the first of two tars is whole
                 for member in iter_members(tar):
                     if last is not None and member.sample != last.sample and member.sample >= 0:
                         end_sample(last)
                     if member.sample >= 0:
+                        if keys and member.sample in keys and keys[member.sample] != storable_key(member.key):
+                            raise ShardError(
+                                f"{source}: {member.key!r} stands where {keys[member.sample]!r} stood when it was "
+                                "read; the tar was changed meanwhile: run the same command again",
+                                member.key,
+                            )
                         last = member
                         starts.setdefault(member.sample, output.offset)
                         if member.sample not in pairs or member.extension == PAIRS_EXTENSION:
@@ -92,6 +108,9 @@ def write_paired_tar(source: str, target: str, pairs: Mapping[int, bytes]) -> Pa
         else:
             if last is not None:
                 end_sample(last)
+        lost = keys.keys() & pairs.keys() - parts.keys() if keys else ()
+        if lost:
+            raise ShardError(f"{source}: lacks {len(lost)} samples that it held before; run the same command again")
         content_bytes = output.offset
     return PairedTar(parts, places, content_bytes + len(end_mark(content_bytes)))
 

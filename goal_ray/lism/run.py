@@ -22,7 +22,7 @@ from goal_ray.lism.counts import ShardCounts, summary
 from goal_ray.lism.gallery import draw_gallery
 from goal_ray.lism.groups import Item, storable_key
 from goal_ray.lism.metrics import Metrics
-from goal_ray.lism.output import OutputFolder
+from goal_ray.lism.output import OutputFolder, json_bytes
 from goal_ray.lism.picks import Pick
 from goal_ray.lism.pipeline import WorkerLost, stream_groups
 from goal_ray.lism.progress import Progress
@@ -74,7 +74,7 @@ def run_lism(source: str, target: str, config: LismConfig, retry_quarantined: bo
             images = pairing.run()
     result = summary((finished[shard] for shard in shards), time.perf_counter() - began, images)
     result["gallery"] = draw_gallery(folder, result)
-    write_bytes(join(target, SUMMARY_FILE), json.dumps(result, indent=2, ensure_ascii=False).encode())
+    write_bytes(join(target, SUMMARY_FILE), json_bytes(result, indent=2))
     if result["quarantined"]:
         check_bad(result["quarantined"], result["samples"], config.max_bad_share, result["first_bad"][0], folder)
     return result
@@ -112,8 +112,16 @@ def check_settings(target: str, config: LismConfig) -> None:
                 f"{target}: holds {foreign[0]} but no {SETTINGS_FILE}, so it is of another origin; use another OUT"
             )
     else:
-        stored = json.loads(read_bytes(path))
-        changed = [key for key in RESULT_KEYS if stored.get(key) != mine[key]]
+        try:
+            stored = json.loads(read_bytes(path))
+        except (ValueError, RecursionError) as error:
+            raise StageError(f"{path}: not JSON ({error}), so it is of another origin; use another OUT") from None
+        lacking = [key for key in RESULT_KEYS if not isinstance(stored, dict) or key not in stored]
+        if lacking:
+            raise StageError(
+                f"{path}: lacks {', '.join(lacking)}, so it is of another program or version; use another OUT"
+            )
+        changed = [key for key in RESULT_KEYS if stored[key] != mine[key]]
         if changed and any(list_names(join(target, part)) for part in ("done", "quarantine")):
             raise StageError(
                 f"{target} was made with other settings ({', '.join(changed)}; see {path}); "
@@ -357,7 +365,8 @@ def finish_shard(
         counts.add_pairs(len(regions) - 1, len(record["sentences"]), similarities, whole, paired_sentences)
         at = shard_name(shard), item.number, item.key
         counts.add_picks([Pick(*at, pair["sentence"], pair["region"], pair["similarity"]) for pair in record["pairs"]])
-    written = folder.finish(shard, pairs, bad, counts)
+    keys = {item.number: item.key for item in items if item.problem is None}
+    written = folder.finish(shard, pairs, bad, counts, keys)
     return counts, written
 
 

@@ -77,7 +77,7 @@ all shards. A shuffle reads each sample at a random place: cheap on a local SSD,
 store. Where samples lie is read from the headers first and held in memory, about 50 bytes per sample.
 
 Damaged tars and keys that stand twice are refused. Interrupted and begun again, it goes on behind the last complete
-shard."""
+shard; SHARDS that were changed, or only copied or touched meanwhile, need another OUT."""
 
 SHARDS = {"SHARDS": "folder, file, glob or brace pattern of tars; any storage fsspec reaches"}
 KNOWN_COLUMNS = {

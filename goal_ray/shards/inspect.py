@@ -13,7 +13,7 @@ import numpy as np
 from goal_ray.ahead import read_ahead
 from goal_ray.cli import printable
 from goal_ray.errors import CaptionError, ImageError, ShardError
-from goal_ray.images import upright_size
+from goal_ray.images import format_name, open_picture, upright_size
 from goal_ray.shard_urls import expand_shards, shard_name
 from goal_ray.shards.workers import map_shards
 from goal_ray.storage import read_range, size_bytes
@@ -84,8 +84,13 @@ def read_drawn(drawn: tuple[float, str, SampleIndex]) -> Read:
 
 def picture_size(shard: str, offset: int, length: int) -> tuple[int, int]:
     """The picture's size in pixels, from its first bytes where these are enough. Raises ImageError."""
+    some = min(length, _HEADER_BYTES)
+    head = read_range(shard, offset, some)
+    # EXIF that stands behind a PNG's pixels is only found by decoding them.
+    if format_name(head) == "PNG" and b"eXIf" in read_range(shard, offset + length - some, some):
+        return open_picture(read_range(shard, offset, length)).size
     try:
-        return upright_size(read_range(shard, offset, min(length, _HEADER_BYTES)))
+        return upright_size(head)
     except ImageError:
         if length <= _HEADER_BYTES:
             raise

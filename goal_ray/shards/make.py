@@ -7,11 +7,13 @@ OUT/done/NAME-000000.json     where in the source the shard ends, and counts; .k
                               its part of skipped.jsonl; these are there before their tar is
 """
 
+import errno
 import json
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import IO
@@ -78,7 +80,9 @@ class Ledger:
         self.made.skipped[why.kind] += 1
         record = {"key": candidate.key, "source": candidate.origin, "kind": why.kind, "reason": str(why)}
         # Names that are not UTF-8 stand in it as JSON's own escapes.
-        self.lines.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+        line = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        with naming(tempfile.gettempdir()):
+            self.lines.write(line)
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,8 @@ class OutputFolder:
 
     def record(self, number: int, ledger: Ledger) -> None:
         """Writes what is to be known of a shard beside its tar."""
-        ledger.lines.seek(0)
+        with naming(tempfile.gettempdir()):
+            ledger.lines.seek(0)
         with open_atomic(self._done(number, SKIPPED_FILE)) as file:
             shutil.copyfileobj(ledger.lines, file)
         write_bytes(self._done(number, "keys"), b"".join(ledger.hashes))
@@ -118,10 +123,22 @@ class OutputFolder:
 
     def list_skipped(self, shards: int) -> None:
         """Puts all that was skipped into one file."""
-        with open_atomic(join(self.url, SKIPPED_FILE)) as file:
+        url = join(self.url, SKIPPED_FILE)
+        with naming(url), open_atomic(url) as file:
             for number in range(shards):
                 with open_read(self._done(number, SKIPPED_FILE)) as part:
                     shutil.copyfileobj(part, file)
+
+
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Names what had no room on a disk: the error of a write to an open file does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and error.filename is None:
+            raise OSError(error.errno, error.strerror, path) from error
+        raise
 
 
 def make_shards(settings: SourceSettings, out: str, name: str | None, size: ShardSize) -> tuple[Made, int]:
@@ -166,7 +183,7 @@ def make_shard(
     folder: OutputFolder, number: int, outcomes: Iterator[Outcome], seen: KeySet, size: ShardSize, progress: Progress
 ) -> Ledger:
     """Writes one shard from the next outcomes; no tar where they hold no sample."""
-    with tempfile.TemporaryFile() as lines:
+    with tempfile.TemporaryFile() as lines, naming(folder.tar(number)):
         ledger = Ledger(Made(), lines)
         samples = fill(ledger, outcomes, seen, size, progress)
         first = next(samples, None)

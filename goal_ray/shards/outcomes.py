@@ -38,9 +38,7 @@ class Outcome(NamedTuple):
         if isinstance(self.candidate.content, Unusable):
             return self.candidate.content
         if self.candidate.key in seen:
-            return Unusable(
-                "duplicate key", "a sample before it has this key; --key-column names unique keys of a list"
-            )
+            return Unusable("duplicate key", self.candidate.repeated)
         assert self.content is not None
         return self.content
 

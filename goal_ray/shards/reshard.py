@@ -20,7 +20,7 @@ from goal_ray.shards.keys import readable_keys, repeated_keys
 from goal_ray.shards.output import refuse_overlap, shards_called, tar_name
 from goal_ray.shards.spans import sample_spans, write_spans
 from goal_ray.shards.workers import map_shards
-from goal_ray.storage import exists, join, read_range, size_bytes
+from goal_ray.storage import exists, identity, join, read_range
 
 SETTINGS_FILE = "reshard.json"
 _RUN_BYTES = 4_000_000
@@ -94,10 +94,18 @@ def reshard(spec: str, out: str, name: str | None, balance: Balance, workers: in
     urls = expand_shards(spec)
     refuse_overlap(out, urls)
     name = shards_called(name, out)
-    inputs = [[shard_name(url), size_bytes(url)] for url in urls]
+    identities = [(shard_name(url), *identity(url)) for url in urls]
     plan = make_plan(urls, balance, workers)
     shards = len(plan.bounds) - 1
-    made_of = {"inputs": inputs, "shards": shards, "equal": balance.equal, "shuffle": balance.shuffle, "name": name}
+    made_of = {
+        "inputs": [[tar, size] for tar, size, _ in identities],
+        # Tars are padded: two of other contents are often equally long.
+        "times or checksums of inputs, which a copy changes too": [version for _, _, version in identities],
+        "shards": shards,
+        "equal": balance.equal,
+        "shuffle": balance.shuffle,
+        "name": name,
+    }
     claim_folder(out, SETTINGS_FILE, made_of)
     counts = np.diff(plan.bounds)
     with Progress("reshard", "sample", int(counts.sum())) as progress:

@@ -17,6 +17,7 @@ from goal_ray.shards.workers import map_shards
 from goal_ray.tar_places import reading_headers
 from goal_ray.tars import (
     CAPTION_EXTENSION,
+    CORRUPT,
     IMAGE_EXTENSIONS,
     PAIRS_EXTENSION,
     TWO_PLACES,
@@ -26,6 +27,7 @@ from goal_ray.tars import (
     image_extension,
     iter_members,
     read_member,
+    sparse_problem,
 )
 
 _READ = (*IMAGE_EXTENSIONS, CAPTION_EXTENSION, PAIRS_EXTENSION)
@@ -86,11 +88,9 @@ def check_shard(shard: str, headers_only: bool, max_pixels: int) -> Checked:
                     tell("", stray_problem(found))
                     continue
                 checked.samples += 1
-                sample, odd_extensions = found
-                for extension in odd_extensions:
-                    tell(
-                        sample.key, f"the extension .{extension} is not in lower case; `goal-ray shards make` mends it"
-                    )
+                sample, odd_members = found
+                for problem in odd_members:
+                    tell(sample.key, problem)
                 if sample.key in keys:
                     tell(sample.key, TWO_PLACES)
                 keys.add(sample.key)
@@ -103,7 +103,8 @@ def check_shard(shard: str, headers_only: bool, max_pixels: int) -> Checked:
                 )
     except ShardError as error:
         problem = str(error).removeprefix(f"{shard}: ")
-        tell("", f"{problem}; {checked.samples} samples stand complete before that place; make or copy it again")
+        remedy = "; make or copy it again" if problem.startswith(CORRUPT) else ""
+        tell("", f"{problem}; {checked.samples} samples stand complete before that place{remedy}")
     else:
         if not checked.samples:
             tell("", "holds no sample; leave this tar out")
@@ -114,7 +115,7 @@ def check_shard(shard: str, headers_only: bool, max_pixels: int) -> Checked:
 def samples_and_strays(tar: tarfile.TarFile, headers_only: bool) -> Iterator[tuple[Sample, list[str]] | Member]:
     """The samples of a tar from `reading_headers`, and the members of no sample that are more than folders.
 
-    With each sample come those of its extensions that are not in lower case.
+    With each sample comes what is wrong with its members' headers.
 
     Of a sample's members only those that the contract speaks of are read; with `headers_only` none. What is not read
     is one byte long here, or empty where it is empty.
@@ -138,7 +139,9 @@ def samples_and_strays(tar: tarfile.TarFile, headers_only: bool) -> Iterator[tup
         current.add(member.extension, member.info.size, read)
         written = member.info.name.rpartition("/")[2].partition(".")[2]
         if written != member.extension:
-            odd.append(written)
+            odd.append(f"the extension .{written} is not in lower case; `goal-ray shards make` mends it")
+        if member.info.issparse():
+            odd.append(sparse_problem(member.info))
     if current is not None:
         yield current.sample(), odd
 

@@ -37,9 +37,9 @@ def map_shards(
 
 def in_processes(work: Callable[[str], T], shards: Sequence[str], workers: int) -> Iterator[T]:
     """The results in order. New processes, no forks: a fork would copy the locks of a storage's threads."""
-    # Ctrl-C ends this process, which ends the workers; each would only print a traceback of its own.
-    ignore = (signal.SIGINT, signal.SIG_IGN)
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), signal.signal, ignore)
+    # Ctrl-C ends the workers, too, also those that wait for a storage, but without tracebacks.
+    die = (signal.SIGINT, signal.SIG_DFL)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), signal.signal, die)
     try:
         yield from pool.map(work, shards)
     except BrokenProcessPool as error:

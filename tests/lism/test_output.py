@@ -10,6 +10,7 @@ from odd_tars import good, write_members
 from goal_ray.errors import StageError
 from goal_ray.lism.counts import ShardCounts
 from goal_ray.lism.output import OutputFolder
+from goal_ray.lism.picks import Pick
 from goal_ray.storage import size_bytes
 from goal_ray.tar_index import index_url, read_index
 from goal_ray.tar_places import member_places
@@ -94,6 +95,25 @@ def test_quarantine_has_a_json_line_for_every_bad_sample(shard, folder):
     folder.finish(shard, {}, records, counted(shard, 0, 3))
     lines = Path(folder.url, "quarantine", "in.tar.jsonl").read_text("utf-8").splitlines()
     assert [json.loads(line) for line in lines] == records
+
+
+def test_a_shard_whose_name_is_not_utf8_is_finished_and_its_quarantine_is_readable(tmp_path, folder):
+    shard = str(tmp_path / "caf\udce9.tar")
+    write_members(Path(shard), good("a"))
+    counts, record = ShardCounts(size_bytes(shard)), {**BAD, "shard": "caf\udce9.tar"}
+    counts.add_pairs(3, 1, [0.5], 0, 1)
+    counts.add_picks([Pick("caf\udce9.tar", 0, "a", 0, 0, 0.5)])
+    counts.add_bad(record)
+    folder.finish(shard, {0: b"{}"}, [record], counts)
+    assert folder.finished({shard: size_bytes(shard)}) == {shard: folder.counts(shard)} == {shard: counts}
+    assert list(folder.quarantine([shard])) == [[record]]
+
+
+def test_counts_that_are_no_json_are_refused_with_what_to_do(shard, folder):
+    folder.finish(shard, {0: b"{}"}, [], counted(shard, 1, 0))
+    Path(folder.url, "done", "in.tar.json").write_text("{")
+    with pytest.raises(StageError, match=r"in\.tar\.json: not as this version .*delete the files in .*done"):
+        folder.finished({shard: size_bytes(shard)})
 
 
 def test_a_shard_with_an_extension_that_is_not_utf8_is_finished_with_its_index(tmp_path, folder):

@@ -136,3 +136,22 @@ def test_where_members_were_written_is_where_a_reader_finds_them(tmp_path):
     written = write_paired_tar(str(tmp_path / "a.tar"), target, pairs)
     assert written.places == member_places(target)
     assert written.size_bytes == size_bytes(target)
+
+
+def test_pairs_are_not_written_to_the_samples_of_a_changed_tar(shard, tmp_path):
+    keys = {0: "s0", 1: "s1", 2: "s2"}
+    write_paired_tar(shard, str(tmp_path / "x.tar"), dict.fromkeys(keys, b"{}"), keys)
+    write_members(tmp_path / "in.tar", [member for n in (0, 2, 1) for member in good(f"s{n}", seed=n)])
+    with pytest.raises(ShardError, match=r"in\.tar: 's2' stands where 's1' stood .*; the tar was changed meanwhile"):
+        write_paired_tar(shard, str(tmp_path / "y.tar"), dict.fromkeys(keys, b"{}"), keys)
+    write_members(tmp_path / "in.tar", [member for n in (0, 1) for member in good(f"s{n}", seed=n)])
+    with pytest.raises(ShardError, match=r"in\.tar: lacks 1 samples that it held before"):
+        write_paired_tar(shard, str(tmp_path / "y.tar"), dict.fromkeys(keys, b"{}"), keys)
+    assert not (tmp_path / "y.tar").exists()
+
+
+def test_of_two_tars_in_one_file_all_samples_of_the_first_are_paired(shard, tmp_path):
+    write_members(tmp_path / "b.tar", good("lost"))
+    with open(shard, "ab") as file:
+        file.write((tmp_path / "b.tar").read_bytes())
+    assert paired_names(shard, tmp_path, {2: b"{}"}) == ["s2.png", "s2.txt", "s2.pairs.json"]

@@ -33,6 +33,25 @@ def test_a_folder_of_another_origin_is_left_as_it_is(tmp_path, file):
     assert (tmp_path / file).read_text() == "another stage's"
 
 
+@pytest.mark.parametrize(
+    ("stored", "words"),
+    [
+        ('{"editor.fontSize": 12}', r"lacks proposer, .*another program"),
+        ("[]", r"lacks proposer, .*another program"),
+        ("// mine", "not JSON"),
+    ],
+)
+def test_the_settings_file_of_another_program_is_left_as_it_is(tmp_path, stored, words):
+    for name in ("settings.json", "config.yaml"):
+        (tmp_path / name).write_text(stored)
+    with pytest.raises(StageError, match=rf"settings\.json: {words}.*use another OUT"):
+        check_settings(str(tmp_path), config())
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "settings.json": stored,
+        "config.yaml": stored,
+    }
+
+
 def test_a_place_where_no_folder_can_be_made_is_refused(tmp_path, tiny_clip):
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "a.tar").write_bytes(b"")

@@ -1,8 +1,11 @@
 """`shards inspect`: counts from headers, and lengths and sizes of a sample."""
 
+import io
 from unittest.mock import patch
 
+import numpy as np
 import pytest
+from PIL import Image
 from shard_inputs import CAPTION, good, picture, write_members
 
 from goal_ray.scenes.run import SceneSettings, draw_scenes
@@ -55,6 +58,29 @@ def test_captions_and_upright_picture_sizes_are_measured(shards):
     assert (found["caption_words"]["min"], found["caption_words"]["max"]) == (1, 3)
     assert (found["picture_width_px"]["min"], found["picture_width_px"]["max"]) == (20, 40)
     assert (found["picture_height_px"]["min"], found["picture_height_px"]["max"]) == (10, 30)
+
+
+def test_a_healthy_webp_is_not_read_beyond_its_first_bytes(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "WEBP", lossless=True)
+    assert len(buffer.getvalue()) > inspecting._HEADER_BYTES
+    write_members(tmp_path / "w.tar", [("a.webp", buffer.getvalue()), ("a.txt", b"Noise.")])
+    with patch.object(inspecting, "read_range", wraps=inspecting.read_range) as read:
+        found = inspect_shards(str(tmp_path), workers=1)
+    assert found["picture_width_px"]["max"] == 400
+    assert max(call.args[2] for call in read.call_args_list) == inspecting._HEADER_BYTES
+
+
+@pytest.mark.parametrize("size", [(300, 20), (300, 200)], ids=["short", "long"])
+def test_a_png_that_is_turned_by_exif_behind_its_pixels_is_measured_upright(tmp_path, size):
+    data = picture("PNG", size, orientation=6)
+    at = data.index(b"eXIf") - 4
+    end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+    late = data[:at] + data[end:-12] + data[at:end] + data[-12:]
+    write_members(tmp_path / "p.tar", [("a.png", late), ("a.txt", b"Noise.")])
+    found = inspect_shards(str(tmp_path), workers=1)
+    assert (found["picture_width_px"]["max"], found["picture_height_px"]["max"]) == size[::-1]
 
 
 def test_no_more_than_a_sample_is_read_of_many_and_the_same_each_time(tmp_path):

@@ -1,12 +1,15 @@
 """`shards make` of a folder of pictures with captions beside them."""
 
+import errno
 import os
+import socket
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 import fsspec
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from shard_inputs import CAPTION, JPEG, PNG, WEBP, make, put, samples_in, skipped
 
 
@@ -97,6 +100,45 @@ def test_whatever_in_a_folder_is_no_sample_is_listed_with_its_reason(tmp_path):
         ("sub/loop", "unreadable"),
     ]
     assert made.skipped.total() == 11
+
+
+@pytest.mark.parametrize("special", ["pipe", "socket"])
+def test_what_is_no_file_costs_its_sample(tmp_path, special):
+    source = put(tmp_path / "in", {"a.png": PNG, "a.txt": CAPTION, "f.txt": CAPTION})
+    with socket.socket(socket.AF_UNIX) as unix:
+        if special == "pipe":
+            os.mkfifo(source / "f.png")
+        else:
+            unix.bind(str(source / "f.png"))
+        make(source, tmp_path / "out")
+    assert list(samples_in(tmp_path / "out")) == ["a"]
+    assert skipped(tmp_path / "out") == [("f", "unreadable")]
+
+
+def test_a_folder_without_rights_is_listed_and_the_others_are_read(tmp_path, monkeypatch):
+    source = put(tmp_path / "in", {"a.png": PNG, "a.txt": CAPTION, "lost+found/b.png": PNG, "z/c.png": PNG})
+    put(source, {"z/c.txt": CAPTION})
+    ls = LocalFileSystem.ls
+
+    def refused(self, path, **more):  # root, as whom tests may run, has all rights
+        if path.endswith("/lost+found"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return ls(self, path, **more)
+
+    monkeypatch.setattr(LocalFileSystem, "ls", refused)
+    make(source, tmp_path / "out")
+    assert list(samples_in(tmp_path / "out")) == ["a", "z/c"]
+    assert skipped(tmp_path / "out") == [("lost+found", "unreadable")]
+
+
+def test_objects_in_a_folder_without_a_name_are_told_of_and_the_others_are_read(s3, tmp_path):
+    fs = fsspec.filesystem("s3")
+    for name in ("in/a.png", "in//b.png", "in/c/d.png", "in/c//e.png"):
+        fs.pipe_file(f"{s3}/{name}", PNG)
+        fs.pipe_file(f"{s3}/{name[:-4]}.txt", CAPTION.encode())
+    make(f"{s3}/in", tmp_path / "out")
+    assert list(samples_in(tmp_path / "out")) == ["a", "c/d"]
+    assert skipped(tmp_path / "out") == [("", "unreadable"), ("c", "unreadable")]
 
 
 def test_links_to_folders_are_followed(tmp_path):

@@ -5,6 +5,7 @@ import datetime
 import errno
 import io
 import json
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -99,6 +100,10 @@ def test_rows_that_cannot_be_samples_are_listed_by_row(tmp_path):
         '{"image": null, "caption": "x"}',
         '{"image": "none.png", "caption": "x"}',
         '{"image": "nope://x.png", "caption": "x"}',
+        '{"image": "github://x.png", "caption": "x"}',
+        '{"image": "reference://x.png", "caption": "x"}',
+        '{"image": "dir://x.png", "caption": "x"}',
+        '{"image": "zip://x.png", "caption": "x"}',
         '{"image": "' + "n" * 300 + '.png", "caption": "x"}',
         '{"image": "c.png", "caption": "\\ud800"}',
         '{"image": "c\\u0000.png", "caption": "x"}',
@@ -117,13 +122,60 @@ def test_rows_that_cannot_be_samples_are_listed_by_row(tmp_path):
         "bad row",
         "no caption",
         "no picture",
-        "unreadable",
-        "unreadable",
-        "unreadable",
+        *["unreadable"] * 7,
         "bad caption",
         "unreadable",
         "bad row",
     ]
+
+
+def test_a_row_on_a_storage_whose_library_is_missing_ends_the_run_with_its_name(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "paramiko", None)
+    put(tmp_path, {"a.png": PNG, "list.csv": "image,caption\na.png,x\nsftp://h/b.png,x\n"})
+    with pytest.raises(GoalRayError, match=r"sftp://h/b\.png: .*paramiko"):
+        make(tmp_path / "list.csv", tmp_path / "out")
+
+
+def test_only_a_list_is_said_to_have_a_key_column(tmp_path):
+    put(
+        tmp_path / "in",
+        {"a.png": PNG, "a.jpg": JPEG, "a.txt": CAPTION, "list.csv": "image,caption\na.png,x\na.png,y\n"},
+    )
+    make(tmp_path / "in" / "list.csv", tmp_path / "list")
+    make(tmp_path / "in", tmp_path / "folder", kind="folder")
+    told = {name: (tmp_path / name / "skipped.jsonl").read_text() for name in ("list", "folder")}
+    assert all("duplicate key" in text for text in told.values())
+    assert [name for name, text in told.items() if "--key-column" in text] == ["list"]
+
+
+def test_parquet_columns_of_one_name_are_refused(tmp_path):
+    table = pa.table([["a.png"], ["x"], ["y"]], names=["image", "text", "text"])
+    pq.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(GoalRayError, match=r"x\.parquet: two columns share a name: .*'text'"):
+        make(tmp_path / "x.parquet", tmp_path / "out")
+
+
+class Counted(io.FileIO):
+    """A file that tells how much of it was read."""
+
+    read_bytes = 0
+
+    def read(self, size=-1):
+        data = super().read(size)
+        self.read_bytes += len(data)
+        return data
+
+
+def test_of_a_parquet_file_no_more_is_read_than_its_rows_take(tmp_path):
+    rows = [{"image": bytes([number]) * 100_000, "text": "x"} for number in range(40)]
+    pq.write_table(
+        pa.Table.from_pylist(rows), tmp_path / "x.parquet", row_group_size=10, compression="none", use_dictionary=False
+    )
+    with Counted(tmp_path / "x.parquet") as file:
+        found = parquet_rows("x.parquet", file)
+        assert next(found) == rows[0]
+        assert file.read_bytes < 3_000_000
+        assert list(found) == rows[1:]
 
 
 # A picture in the list itself, which JSON cannot hold, has its key in a column `key`.

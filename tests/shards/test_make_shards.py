@@ -116,19 +116,43 @@ def test_a_failing_storage_ends_the_run_and_the_next_one_goes_on(tmp_path, sourc
     assert files_in(tmp_path / "train") == files_in(whole)
 
 
+@pytest.mark.parametrize("full", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_said_with_the_file_that_had_no_room(tmp_path, source, monkeypatch, full):
+    def write(*_):
+        raise OSError(full, os.strerror(full))
+
+    monkeypatch.setattr("goal_ray.shards.make.write_samples", write)
+    with pytest.raises(OSError, match=rf"{os.strerror(full)}: '.*/train-000000\.tar'"):
+        make(source, tmp_path / "train")
+
+
+HELD = """
+import sys
+from fsspec.implementations.local import LocalFileSystem
+from goal_ray.shards.__main__ import main
+
+pipe, read = sys.argv[1], LocalFileSystem.cat_file
+
+def held(self, path, **range_):
+    if path.endswith("/22.png"):
+        open(pipe, "rb").read()
+    return read(self, path, **range_)
+
+LocalFileSystem.cat_file = held
+main(sys.argv[2:])
+"""
+
+
 def test_a_killed_run_is_gone_on_with(tmp_path, source):
     copy = put(tmp_path / "source", {path.name: path.read_bytes() for path in source.parent.iterdir()})
-    (copy / "22.png").unlink()
-    os.mkfifo(copy / "22.png")
-    command = [sys.executable, "-m", "goal_ray.shards", "make", str(copy / "list.csv"), str(tmp_path / "train")]
-    process = subprocess.Popen([*command, "--samples-per-shard", "5"], stderr=subprocess.DEVNULL)
-    # It blocks until the run opens the last picture; the run then waits for the bytes of it.
-    with open(copy / "22.png", "wb"):
+    os.mkfifo(tmp_path / "hold")
+    arguments = ["make", str(copy / "list.csv"), str(tmp_path / "train"), "--samples-per-shard", "5"]
+    process = subprocess.Popen([sys.executable, "-c", HELD, str(tmp_path / "hold"), *arguments])
+    # It blocks until the run reads the last picture; the run then waits for the bytes of the pipe.
+    with open(tmp_path / "hold", "wb"):
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-    (copy / "22.png").unlink()
-    put(copy, {"22.png": (source.parent / "22.png").read_bytes()})
-    subprocess.run([*command, "--samples-per-shard", "5"], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "goal_ray.shards", *arguments], check=True, capture_output=True)
     make(copy / "list.csv", tmp_path / "undisturbed", name="train")
     left = {name: data for name, data in files_in(tmp_path / "train").items() if not name.endswith(".tmp")}
     assert left == files_in(tmp_path / "undisturbed")

@@ -1,6 +1,8 @@
 """`shards make` tells what a source is, and refuses what is none."""
 
 import socket
+import ssl
+import subprocess
 import tarfile
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,6 +32,7 @@ def test_a_damaged_source_tar_gives_its_complete_samples_and_the_loss_is_listed(
     ("files", "kind"),
     [
         ({"a.png": "", "a.txt": ""}, "folder"),
+        ({"00000.tar": "", "done/x-000000.json": "{}"}, "img2dataset"),
         ({"a.png": "", "a.txt": "", "a.json": "{}"}, "folder"),
         ({"deep/a.png": ""}, "folder"),
         ({"x.csv": ""}, "list"),
@@ -54,9 +57,34 @@ def test_a_folder_that_may_be_two_kinds_is_refused_and_from_decides(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("pictures", "others"),
+    [
+        ("", {"backup.tar": None}),
+        ("red/", {"backup.tar": None}),
+        ("", {"00000.tar": None, "00000.parquet": ""}),
+        ("", {"00000/000000000.png": PNG, "00000/000000000.txt": CAPTION, "00000.parquet": "no table"}),
+    ],
+)
+def test_pictures_beside_tars_or_tables_are_not_passed_over_in_silence(tmp_path, pictures, others):
+    source = put(tmp_path / "in", {f"{pictures}a.png": PNG, f"{pictures}a.txt": CAPTION})
+    for name, content in others.items():
+        if content is None:
+            write_members(source / name, [("old.png", PNG), ("old.txt", b"c")])
+        else:
+            put(source, {name: content})
+    with pytest.raises(GoalRayError, match=r"holds .* and beside it .*a\.png.*--from folder.*--from img2dataset"):
+        make(source, tmp_path / "out")
+    make(source, tmp_path / "files", kind="folder")
+    assert f"{pictures}a" in samples_in(tmp_path / "files")
+    make(source, tmp_path / "packed", kind="img2dataset")
+    assert f"{pictures}a" not in samples_in(tmp_path / "packed")
+
+
+@pytest.mark.parametrize(
     ("name", "content", "words"),
     [
         ("x.json", "{", "not JSON"),
+        ("x.json", "[" * 100_000, "not JSON"),
         ("x.json", "[]", "not a COCO file"),
         ("x.json", '{"images": [], "annotations": [{"image_id": 1, "bbox": []}]}', r"captions_\*\.json"),
         ("x.parquet", "nonsense", "not a readable Parquet file"),
@@ -99,7 +127,10 @@ def test_refused_access_to_a_store_ends_the_run_and_renewed_credentials_go_on(s3
 
 @pytest.fixture
 def web():
-    """The address of a server whose `/STATUS/` answers so each time, and `/STATUS-once/` only the first time."""
+    """The address of a server whose `/STATUS/` answers so each time, and `/STATUS-once/` only the first time.
+
+    `/302/` leads to itself.
+    """
     met = Counter()
 
     class Answers(BaseHTTPRequestHandler):
@@ -107,6 +138,8 @@ def web():
             status, _, once = self.path.split("/")[1].partition("-")
             met[self.path] += 1
             self.send_response(200 if once and met[self.path] > 1 else int(status))
+            if status == "302":
+                self.send_header("Location", self.path)
             self.end_headers()
             self.wfile.write(PNG)
 
@@ -143,6 +176,45 @@ def test_a_host_that_is_gone_costs_its_row(web, tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", asked)
     monkeypatch.setattr(storage, "PATIENCE_S", 0.2)
     make(listed(tmp_path / "in", f"{web}/200/a.png", "http://gone.example/a.png"), tmp_path / "out")
+    assert len(samples_in(tmp_path / "out")) == 1
+    assert [kind for _, kind in skipped(tmp_path / "out")] == ["unreadable"]
+
+
+def test_a_way_that_leads_in_a_circle_costs_its_row_at_once(web, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(storage, "PATIENCE_S", 3)
+    make(listed(tmp_path / "in", f"{web}/302/a.png", f"{web}/200/a.png"), tmp_path / "out")
+    assert len(samples_in(tmp_path / "out")) == 1
+    assert [kind for _, kind in skipped(tmp_path / "out")] == ["unreadable"]
+    assert "trying again" not in caplog.text
+
+
+def test_a_certificate_that_is_refused_costs_its_row_at_once(web, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(storage, "PATIENCE_S", 3)
+    folder, server = tmp_path / "in", ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    subject = ["-subj", "/CN=localhost", "-days", "1", "-nodes", "-keyout", tmp_path / "key", "-out", tmp_path / "cert"]
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", *subject], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert", tmp_path / "key")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.handle_error = lambda *_: None
+    Thread(target=server.serve_forever).start()
+    try:
+        url = f"https://127.0.0.1:{server.server_port}/a.png"
+        make(listed(folder, url, f"{web}/200/a.png"), tmp_path / "out")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert len(samples_in(tmp_path / "out")) == 1
+    assert [kind for _, kind in skipped(tmp_path / "out")] == ["unreadable"]
+    assert "trying again" not in caplog.text
+
+
+@pytest.mark.parametrize("place", ["{web}/503/a.png", "http://127.0.0.1:1/a.png"])
+@pytest.mark.parametrize("last", [False, True])
+def test_an_address_that_never_answers_costs_its_row_where_the_network_works(web, tmp_path, monkeypatch, place, last):
+    monkeypatch.setattr(storage, "PATIENCE_S", 2)
+    urls = [place.format(web=web), f"{web}/200/a.png"]
+    make(listed(tmp_path / "in", *(urls[::-1] if last else urls)), tmp_path / "out")
     assert len(samples_in(tmp_path / "out")) == 1
     assert [kind for _, kind in skipped(tmp_path / "out")] == ["unreadable"]
 

@@ -12,6 +12,7 @@ from shard_inputs import good, members_of, put, write_members
 
 from goal_ray.errors import ConfigError, GoalRayError, ShardError
 from goal_ray.shards.reshard import Balance, reshard, spread
+from goal_ray.storage import write_bytes
 from goal_ray.tar_places import index_shard
 
 FORMS = st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -130,6 +131,40 @@ def test_another_input_or_another_balance_does_not_go_on(source, tmp_path):
     write_members(source / "d.tar", good("new"))
     with pytest.raises(GoalRayError, match=r"another input \(inputs"):
         mixed(source, tmp_path / "out", Balance(shards=2))
+
+
+def test_an_input_made_anew_at_equal_length_does_not_go_on(source, tmp_path):
+    mixed(source, tmp_path / "out", Balance(shards=2))
+    (tmp_path / "out" / "out-000001.tar").unlink()
+    before = (source / "a.tar").stat()
+    write_members(source / "a.tar", [member for number in range(90, 94) for member in good(str(number))])
+    assert (source / "a.tar").stat().st_size == before.st_size
+    with pytest.raises(GoalRayError, match=r"another input \(times or checksums of inputs, which a copy changes too;"):
+        mixed(source, tmp_path / "out", Balance(shards=2))
+
+
+def test_an_object_made_anew_at_equal_length_does_not_go_on(s3, tmp_path):
+    write_bytes(f"{s3}/in/a.tar", packed("0", tmp_path))
+    for _ in range(2):
+        mixed(f"{s3}/in", f"{s3}/out", Balance(shards=2))
+    write_bytes(f"{s3}/in/a.tar", packed("1", tmp_path))
+    with pytest.raises(GoalRayError, match="times or checksums of inputs"):
+        mixed(f"{s3}/in", f"{s3}/out", Balance(shards=2))
+
+
+def packed(prefix: str, tmp_path: Path) -> bytes:
+    """A tar of two samples."""
+    write_members(tmp_path / "packed.tar", [*good(f"{prefix}a"), *good(f"{prefix}b")])
+    return (tmp_path / "packed.tar").read_bytes()
+
+
+def test_two_tars_in_one_file_are_refused_before_anything_is_written(source, tmp_path):
+    with open(source / "b.tar", "ab") as file:
+        file.write((source / "c.tar").read_bytes())
+    (source / "c.tar").unlink()
+    with pytest.raises(ShardError, match=r"b\.tar: another tar stands behind the end mark"):
+        mixed(source, tmp_path / "out", Balance(shards=2))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_output_never_mixes_with_the_input(source, tmp_path):

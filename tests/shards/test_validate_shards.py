@@ -1,6 +1,7 @@
 """`shards validate`: every way to break the contract is found and named; shards without fault are clean."""
 
 import dataclasses
+import gzip
 import io
 import json
 import tarfile
@@ -181,6 +182,32 @@ def test_data_behind_the_end_mark_is_told_and_padding_is_not(tmp_path, headers_o
     assert [
         "behind the end mark" in violation.problem for violation in violations(tmp_path / "x.tar", headers_only)
     ] == [True]
+
+
+def test_other_data_behind_the_end_mark_is_told(tmp_path):
+    write_members(tmp_path / "x.tar", good("a"))
+    (tmp_path / "x.tar").write_bytes((tmp_path / "x.tar").read_bytes() + b"\xff" * 20_000)
+    assert [violation.problem.partition(",")[0] for violation in violations(tmp_path)] == ["data behind the end mark"]
+
+
+def test_a_compressed_tar_is_told_without_the_advice_to_copy_it_again(tmp_path):
+    write_members(tmp_path / "x.tar", good("a"))
+    (tmp_path / "x.tar").write_bytes(gzip.compress((tmp_path / "x.tar").read_bytes()))
+    (problem,) = (violation.problem for violation in violations(tmp_path))
+    assert problem.startswith("the tar is compressed; unpack it with gunzip")
+    assert "again" not in problem
+
+
+@pytest.mark.parametrize("headers_only", [False, True])
+def test_a_sparse_member_is_told(tmp_path, headers_only):
+    write_members(tmp_path / "x.tar", good("a"))
+    info = tarfile.TarInfo("a.npy")
+    info.size = 512
+    info.pax_headers = {"GNU.sparse.size": "1024", "GNU.sparse.numblocks": "1", "GNU.sparse.map": "512,512"}
+    with tarfile.open(tmp_path / "x.tar", "a", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(info, io.BytesIO(b"x" * 512))
+    (violation,) = violations(tmp_path, headers_only)
+    assert (violation.key, violation.problem.partition(";")[0]) == ("a", "the member 'a.npy' is sparse")
 
 
 def test_a_tar_without_samples_is_told(tmp_path):

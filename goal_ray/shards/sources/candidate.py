@@ -2,7 +2,9 @@
 
 import errno
 import math
+import os
 import socket
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +15,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from goal_ray.errors import StageError
-from goal_ray.storage import is_refused, patiently, protocols
+from goal_ray.storage import is_refused, may_pass, patiently, protocols
 
 Kind = Literal[
     "bad caption",
@@ -52,13 +54,15 @@ class Found:
 class Candidate:
     """Something in a source that may be a sample.
 
-    origin   where it stands, for people: file, or file and row
-    content  reads it, in a thread, or raises Unusable; or why it is known to be no sample
+    origin    where it stands, for people: file, or file and row
+    content   reads it, in a thread, or raises Unusable; or why it is known to be no sample
+    repeated  what to say where a sample before it has its key
     """
 
     key: str
     origin: str
     content: Callable[[], Found] | Unusable
+    repeated: str = "a sample before it has this key"
 
 
 class Source(Protocol):
@@ -80,7 +84,8 @@ class Source(Protocol):
 def tar_key(path: str) -> str:
     """A key for a path without its suffix: dots of the base name, which would end the key, are written `%2E`.
 
-    Different paths have different keys, apart from `//`, `.` and `..`, which are dropped.
+    Different paths have different keys, apart from what is dropped: `s3://` and its like, `/` at the start, and empty
+    parts, `.` and `..`.
     """
     parts = [part for part in path.partition("://")[2 * ("://" in path)].split("/") if part not in ("", ".", "..")]
     *folders, base = parts or [""]
@@ -98,8 +103,12 @@ def read_file(fs: AbstractFileSystem, path: str, what: str) -> bytes:
     """The bytes of a file. Raises Unusable for a file that cannot be had; a failing storage's error passes through."""
     read = partial(cat_file, fs, path)
     local = isinstance(fs, LocalFileSystem)
+    web = "http" in protocols(fs)
     try:
-        return read() if local else patiently(read, fs.unstrip_protocol(path))
+        data = read() if local else patiently(read, fs.unstrip_protocol(path))
+        if web:
+            _WEB.answered = fs, path
+        return data
     except Exception as error:
         if isinstance(error, PermissionError) and not local:
             # Of credentials that expired: it says nothing against the file.
@@ -107,20 +116,55 @@ def read_file(fs: AbstractFileSystem, path: str, what: str) -> bytes:
                 f"{fs.unstrip_protocol(path)}: access is refused: {error}; renew the credentials, or allow listing, "
                 "since S3 says the same of what is missing; then run the same command again"
             ) from error
-        if not is_missing(error) and not ("http" in protocols(fs) and is_refused(error)):
+        if not is_missing(error) and not (web and (is_refused(error) or (may_pass(error) and _WEB.answers()))):
             raise
         problem = error
     raise Unusable("unreadable", f"the {what} cannot be read: {type(problem).__name__}: {problem}")
 
 
+class _Web:
+    """Tells an address that is bad for good from a network that is down: then the last one that answered is, too.
+
+    answered  that one; it is set and read whole, by threads
+    """
+
+    answered: tuple[AbstractFileSystem, str] | None = None
+
+    def answers(self) -> bool:
+        """Whether that address answers now."""
+        answered = self.answered
+        if answered is None:
+            return False
+        try:
+            answered[0].cat_file(answered[1])
+        except Exception as error:
+            return is_refused(error)
+        return True
+
+
+_WEB = _Web()
+
+
 def cat_file(fs: AbstractFileSystem, path: str) -> bytes:
-    """One request for a file. Raises FileNotFoundError for a web address whose host is gone."""
+    """One request for a file. Raises FileNotFoundError for a web address that no repeating will mend.
+
+    Raises ValueError for what is no file although a local folder lists it: a pipe would never end.
+    """
+    if isinstance(fs, LocalFileSystem) and stat.S_IFMT(os.stat(path).st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
+        raise ValueError("a pipe, socket or device, not a file")
     try:
         return bytes(fs.cat_file(path))
-    except OSError as error:
-        if "http" in protocols(fs) and error.errno == socket.EAI_NONAME:
-            raise FileNotFoundError(f"no such host: {error}") from None
+    except Exception as error:
+        if "http" in protocols(fs) and is_lasting(error):
+            raise FileNotFoundError(f"{type(error).__name__}: {error}") from None
         raise
+
+
+def is_lasting(error: Exception) -> bool:
+    """Whether an error that looks like a network's says that this web address is bad: its host, certificate, or way."""
+    if type(error).__name__ in ("ClientConnectorCertificateError", "TooManyRedirects"):
+        return True
+    return isinstance(error, OSError) and error.errno == socket.EAI_NONAME
 
 
 def is_missing(error: Exception) -> bool:

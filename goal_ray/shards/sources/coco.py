@@ -74,7 +74,7 @@ def read_coco(url: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The images and the annotations of a COCO file. Raises StageError for anything else."""
     try:
         tree = json.loads(read_bytes(url))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StageError(f"{url}: not JSON: {error}; a list with a JSON object per line is named .jsonl") from None
     images, annotations = (list_of_objects(tree, name, url) for name in ("images", "annotations"))
     if annotations and not any("caption" in annotation for annotation in annotations):

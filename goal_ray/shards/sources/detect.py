@@ -57,7 +57,7 @@ def open_source(settings: SourceSettings) -> tuple[str, Source]:
     if told == "img2dataset":
         files, folders = list_folder(*file_system(place)) if kind(place) == "directory" else ([], [])
         if any(f"{name}.parquet" in files for name in folders):
-            return told, FilesSource([join(place, name) for name in folders])
+            return told, FilesSource([join(place, name) for name in folders if name])
         without_tar = [name for name in files if _TABLE.fullmatch(name) and f"{name[:-8]}.tar" not in files]
         return told, TarSource(sorted([*expand_shards(place), *(join(place, name) for name in without_tar)]))
     if kind(place) != "directory":
@@ -78,13 +78,20 @@ def tell_kind(place: str) -> str:
         raise StageError(f"{place}: no folder, and not named as a list, a COCO file or a tar; or say --from")
     files, folders = list_folder(*file_system(place))
     files = [name.lower() for name in files]
-    if any(name.endswith(".tar") for name in files):
-        return "img2dataset"
-    if any(_TABLE.fullmatch(name) and name[:-8] in folders for name in files):
+    pictures = pictures_among(files)
+    tars = [name for name in files if name.endswith(".tar")]
+    tables = [name for name in files if _TABLE.fullmatch(name) and name[:-8] in folders]
+    if tars or tables:
+        # Pictures in folders beside tars are no part of the tars either.
+        left_out = pictures or ([] if tables else pictures_in(place, folders))
+        if left_out:
+            raise StageError(
+                f"{place}: holds {(tars or tables)[0]} and beside it {left_out[0]}; for the pictures that are files "
+                "say --from folder, for those in tars, or in folders with a table beside them, --from img2dataset"
+            )
         return "img2dataset"
     # img2dataset puts 00000_stats.json beside 00000.parquet.
     lists = [name for name in files if name.endswith((*LIST_SUFFIXES, ".json")) and not name.endswith("_stats.json")]
-    pictures = [name for name in files if name.endswith(tuple(f".{suffix}" for suffix in PICTURE_SUFFIXES))]
     beside = {name.rpartition(".")[0] for name in pictures}
     lists = [name for name in lists if name.rpartition(".")[0] not in beside]
     if not lists:
@@ -95,3 +102,17 @@ def tell_kind(place: str) -> str:
         f"{place}: is {lists[0]} a list of pictures? Then give the list itself as SOURCE, with --images {place}; "
         "if the captions are .txt files beside the pictures, say --from folder"
     )
+
+
+def pictures_among(names: list[str]) -> list[str]:
+    """The names that are those of pictures."""
+    return [name for name in names if name.lower().endswith(tuple(f".{suffix}" for suffix in PICTURE_SUFFIXES))]
+
+
+def pictures_in(place: str, folders: list[str]) -> list[str]:
+    """The pictures in the first of these folders inside `place` that has any; deeper ones are not looked for."""
+    for name in filter(None, folders):
+        found = pictures_among(list_folder(*file_system(join(place, name)))[0])
+        if found:
+            return [f"{name}/{picture}" for picture in found]
+    return []

@@ -36,10 +36,21 @@ def walk(fs: AbstractFileSystem, root: str, inside: str, above: tuple[str, ...])
 
     above  the real paths of the folder and of those above it, which tell a link that leads back
     """
-    files, folders = list_folder(fs, f"{root}/{inside}".rstrip("/"))
+    try:
+        files, folders = list_folder(fs, f"{root}/{inside}".rstrip("/"))
+    except PermissionError as error:
+        # Of a store it is said of credentials that expired.
+        if not inside or not isinstance(fs, LocalFileSystem):
+            raise
+        yield Candidate(tar_key(inside), inside, Unusable("unreadable", f"the folder cannot be listed: {error}"))
+        return
     prefix = f"{inside}/" if inside else ""
     yield from beside_each_other(fs, root, prefix, files)
     for name in folders:
+        if not name:
+            reason = "objects in a folder without a name, as in a//b.png, cannot be listed; rename them"
+            yield Candidate(tar_key(inside), f"{prefix}/", Unusable("unreadable", reason))
+            continue
         real = real_path(fs, f"{root}/{prefix}{name}")
         if real in above:
             yield Candidate(
@@ -50,16 +61,19 @@ def walk(fs: AbstractFileSystem, root: str, inside: str, above: tuple[str, ...])
 
 
 def list_folder(fs: AbstractFileSystem, path: str) -> tuple[list[str], list[str]]:
-    """The names of the visible files in a folder, and of the folders in it, links to folders too; sorted."""
+    """The names of the visible files in a folder, and of the folders in it, links to folders too; sorted.
+
+    A folder of a store may have the name "": that of `a//b.png`, which only a listing of all objects would show.
+    """
     files: list[str] = []
     folders: list[str] = []
     for entry in patiently(partial(fs.ls, path, detail=True), fs.unstrip_protocol(path)):
         whole = entry["name"].rstrip("/")
-        name = whole.rsplit("/", 1)[-1]
-        if not name or name.startswith("."):
+        name = "" if whole == path.rstrip("/") else whole.rsplit("/", 1)[-1]
+        if name.startswith("."):
             continue
         # An empty object that marks a folder of an object store, as its web console makes one.
-        if entry["type"] == "file" and (entry["name"] != whole or whole == path.rstrip("/")):
+        if entry["type"] == "file" and (entry["name"] != whole or not name):
             continue
         # A link leads to a folder or not; where that cannot be told it is a file, which reading finds out.
         is_folder = entry["type"] == "directory" or (entry["type"] != "file" and fs.isdir(entry["name"]))

@@ -87,7 +87,7 @@ def check_status(data: bytes | None) -> None:
     """Raises Unusable where a sample's .json says that its picture was not downloaded."""
     try:
         fields = json.loads(data or b"null")
-    except ValueError:
+    except (ValueError, RecursionError):
         return
     if isinstance(fields, dict) and fields.get("status", "success") != "success":
         raise Unusable(FAILED, str(fields.get("error_message") or fields["status"]))

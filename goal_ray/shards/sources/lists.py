@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from goal_ray.errors import StageError
+from goal_ray.errors import ConfigError, StageError
 from goal_ray.shards.sources.candidate import (
     Candidate,
     Found,
@@ -37,7 +37,7 @@ CAPTION_COLUMNS = (
     "caption", "captions", "text", "txt", "long_caption", "description", "sentence", "sentences",
 )  # fmt: skip
 LARGEST_FIELD_CHARS = 1 << 24  # quotation marks that do not match make one field of all that follows
-_BATCH_ROWS = 256
+_BATCH_ROWS = 16  # a row may hold a picture
 _HEAD_ROWS = 100
 Row = Mapping[str, Any]
 
@@ -99,7 +99,7 @@ class ListSource:
                 key = tar_key(stem_and_suffix(path)[0] if path else named)
             captions = row.get(caption_column)
             load = partial(self._load, folder, path, data, captions, rest)
-            yield Candidate(key, origin, load)
+            yield Candidate(key, origin, load, "a row before it has this key; --key-column names unique keys")
 
     def _choose(self, names: list[str], part: str) -> tuple[str, str, str | None]:
         picture, caption, key = self._columns
@@ -147,7 +147,10 @@ def read_listed(folder: str, path: str) -> bytes:
     try:
         relative = "://" not in path and not path.startswith("/")
         fs, place = file_system(folder if relative else path)
-    except ValueError as error:
+    # Of an unknown protocol, or, fsspec's own, of one that needs more than an address.
+    except (ConfigError, ValueError, TypeError, AttributeError, IsADirectoryError) as error:
+        if isinstance(error.__context__, ImportError):  # installing the library mends it
+            raise
         raise Unusable("unreadable", f"the picture {path!r} cannot be read: {error}") from None
     return read_file(fs, f"{place.rstrip('/')}/{path}" if relative else place, "picture")
 
@@ -179,8 +182,7 @@ def csv_rows(url: str, text: io.TextIOWrapper, quotes: bool) -> Iterator[Row | U
                 continue
             if header is None:
                 header = row
-                if len(set(header)) < len(header):
-                    raise StageError(f"{url}: two columns share a name: {', '.join(map(repr, header))}; rename one")
+                check_names(header, url)
             elif len(row) != len(header):
                 yield Unusable("bad row", f"line {reader.line_num}: {len(row)} fields under {len(header)} column names")
             else:
@@ -188,6 +190,12 @@ def csv_rows(url: str, text: io.TextIOWrapper, quotes: bool) -> Iterator[Row | U
     except csv.Error as error:
         remedy = "mend the line" + ("; --no-quotes takes quotation marks as they stand" if quotes else "")
         raise StageError(f"{url}: line {reader.line_num}: {error}; {remedy}") from None
+
+
+def check_names(columns: Sequence[str], url: str) -> None:
+    """Raises StageError where columns of a list cannot be told apart."""
+    if len(set(columns)) < len(columns):
+        raise StageError(f"{url}: two columns share a name: {', '.join(map(repr, columns))}; rename one")
 
 
 def json_rows(text: io.TextIOWrapper) -> Iterator[Row | Unusable]:
@@ -206,7 +214,10 @@ def json_rows(text: io.TextIOWrapper) -> Iterator[Row | Unusable]:
 def parquet_rows(url: str, file: Any) -> Iterator[Row | Unusable]:
     """The rows of a Parquet file, in batches. Raises StageError for anything else."""
     try:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=_BATCH_ROWS):
+        # With pre_buffer Arrow would hold all row groups at once.
+        parquet = pq.ParquetFile(file, pre_buffer=False)
+        check_names(parquet.schema_arrow.names, url)
+        for batch in parquet.iter_batches(batch_size=_BATCH_ROWS):
             yield from batch_rows(batch)
     except (pa.ArrowException, OverflowError, ValueError, OSError) as error:
         # Arrow's own OSError has no number and no type of its own; else the storage fails.
