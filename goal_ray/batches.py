@@ -136,6 +136,6 @@ def pixels_CHW(image: Image.Image) -> torch.Tensor:
     """
     try:
         flat = torch.from_dlpack(pyarrow.array(image).flatten())
-    except ValueError:  # PIL cuts large pictures into several blocks of memory, and Pillow < 11.3 shows none of them
+    except ValueError:  # PIL cuts large pictures into several blocks of memory
         flat = torch.from_numpy(np.array(image))
     return flat.view(image.height, image.width, -1).permute(2, 0, 1)

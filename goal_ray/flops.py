@@ -131,6 +131,8 @@ PEAKS = {
     "T4": Peak(None, None, 8.1e12),
 }
 
+# What follows the name in that of another card: RTX 4090 Laptop GPU, RTX 4090 D, RTX 3090 Ti.
+OTHER_CARDS = ("laptop ", "d ", "ti ")
 
 PEAK_TRIAL_S = 1.0
 
@@ -160,7 +162,11 @@ def peak_of(name: str) -> Peak | None:
     words = f" {name} ".replace("-", " ").lower()
     if " mig " in words:
         return None
-    return next((peak for part, peak in PEAKS.items() if f" {part.lower()} " in words), None)
+    for part, peak in PEAKS.items():
+        _, found, behind = words.partition(f" {part.lower()} ")
+        if found:
+            return None if behind.startswith(OTHER_CARDS) else peak
+    return None
 
 
 @functools.cache

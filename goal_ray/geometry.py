@@ -19,6 +19,9 @@ from goal_ray.settings import ResizeConfig
 
 # Of a picture whose short side is resized: the longer side of a thread, 12,000×1 pixels, would become gigabytes.
 MAX_ASPECT = 32
+# Pixels of the picture by which a box may reach over an edge unseen: the 0.01 that pairs.json allows, and float32's
+# rounding of coordinates.
+SLACK_PX = 0.02
 PIL_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 BoxPx = tuple[int, int, int, int]
 T = TypeVar("T", Image.Image, Tensor)
@@ -106,7 +109,7 @@ class PixelGeometry:
         boxes_px_M4  (x0, y0, x1, y1) in pixels of the picture
 
         A box is clipped to the square. One whose visible share is below `min_visible` becomes (0, 0, 0, 0), which the
-        TSL leaves out.
+        TSL leaves out. What reaches out by no more than SLACK_PX counts as visible.
         """
         x0, y0, x1, y1 = view.part_px
         resized_H, resized_W = view.resized_HW
@@ -114,7 +117,10 @@ class PixelGeometry:
         boxes_px_M4 = np.asarray(boxes_px_M4, np.float64).reshape(-1, 4)
         moved_M4 = (boxes_px_M4 - np.tile([x0, y0], 2)) * zoom_4 - np.tile(view.corner, 2)
         clipped_M4 = moved_M4.clip(0, self.size_px)
-        visible_M = area(clipped_M4) / area(moved_M4).clip(min=np.finfo(np.float32).tiny)
+        slack_4 = SLACK_PX * zoom_4
+        visible_M = area(moved_M4.clip(-slack_4, self.size_px + slack_4)) / area(moved_M4).clip(
+            min=np.finfo(np.float32).tiny
+        )
         kept_M4 = np.where((visible_M >= self.config.min_visible)[:, None], clipped_M4, 0.0)
         rows, columns = self.grid_HW
         return (kept_M4 * np.tile([columns, rows], 2) / self.size_px).astype(np.float32)
@@ -157,15 +163,18 @@ def resize(picture: T, size_HW: tuple[int, int], interpolation: str) -> T:
 
 
 def random_part(width: int, height: int, min_scale: float, seed: int | None) -> BoxPx:
-    """A part of a picture as RandomResizedCrop draws it, with at least `min_scale` of its area."""
-    from torchvision.transforms import RandomResizedCrop  # seconds to import, and seldom needed
+    """A random part of a picture, with at least `min_scale` of its area, and 3/4 to 4/3 of its aspect ratio.
 
-    with torch.random.fork_rng(devices=[]):
-        if seed is not None:
-            # torch.manual_seed would also queue a call, with its stack, for a CUDA that is never started here.
-            torch.default_generator.manual_seed(seed)
-        canvas = torch.empty(1).expand(1, height, width)  # holds no pixels
-        top, left, rows, columns = RandomResizedCrop.get_params(canvas, [min_scale, 1.0], [3 / 4, 4 / 3])
+    RandomResizedCrop bounds the ratio itself: a picture wider than 4/3 would lose its ends, always the same.
+    """
+    random = np.random.default_rng(seed)
+    share = random.uniform(min_scale, 1)
+    widest = math.log(min(4 / 3, 1 / share))  # a part wider than 1 / share would not fit
+    ratio = math.exp(random.uniform(-widest, widest))
+    # Rounded up, as of small pictures less than the share would be left.
+    columns = min(width, math.ceil(width * math.sqrt(share * ratio)))
+    rows = min(height, math.ceil(height * math.sqrt(share / ratio)))
+    left, top = int(random.integers(width - columns + 1)), int(random.integers(height - rows + 1))
     return left, top, left + columns, top + rows
 
 

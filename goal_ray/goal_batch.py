@@ -15,7 +15,7 @@ class GoalBatch(NamedTuple):
     text_BL         int64 caption ids, padded with 0 to the batch's longest
     crops_M3SS      uint8 region crops
     sentences_ML    int64 sentence ids, padded likewise
-    boxes_M4        float32 (x0, y0, x1, y1) in patch cells; zero area = left out of the image TSL
+    boxes_M4        float32 (x0, y0, x1, y1) in patch cells, clipped to the grid; zero area = left out of the image TSL
     spans_M2        int64 half-open token spans within text_BL; (-1, -1) = left out of the text TSL
     sample_index_M  int64 row of images_B3SS that each pair belongs to, non-decreasing
     counts_R4       what `count_batch` finds on every rank, int64 on the CPU; None on one rank, or to have the step

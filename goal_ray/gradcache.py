@@ -20,12 +20,17 @@ def split_batch(batch: GoalBatch, chunks: int, text_multiple: int = 1) -> list[G
 
     text_multiple  tokens; what the texts' length is rounded up to, as in `goal_ray.batches.collate`
 
-    Every part keeps the whole batch's `counts_R4`. Raises ValueError for fewer pictures than parts.
+    Every part keeps the whole batch's `counts_R4`. Raises ValueError for fewer pictures than parts, and for pairs that
+    do not follow the order of their pictures.
     """
     if len(batch.images_B3SS) < chunks:
         raise ValueError(f"{len(batch.images_B3SS)} pictures cannot be cut into {chunks} chunks")
     if chunks == 1:
         return [batch]
+    if (batch.sample_index_M.diff() < 0).any():
+        raise ValueError(
+            "sample_index decreases: sort the pairs by picture, or they would get to other pictures' parts"
+        )
     edges = [len(batch.images_B3SS) * part // chunks for part in range(chunks + 1)]
     pair_edges = torch.searchsorted(batch.sample_index_M, torch.tensor(edges)).tolist()
     parts = []

@@ -1,6 +1,7 @@
 """Settings: open_clip's architecture and preprocessing to and from the JSON files of transformers' CLIPModel.
 
-Needs no transformers. What one side cannot express is refused, never dropped.
+Needs no transformers. What one side cannot express is refused, never dropped, but for `attention_dropout`: it changes
+no embedding.
 """
 
 import dataclasses

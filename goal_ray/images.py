@@ -6,6 +6,7 @@ which is what a viewer shows and not always how the file stores its rows.
 
 import io
 import re
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,11 +51,14 @@ def format_name(data: bytes) -> str | None:
 def upright_size(data: bytes) -> tuple[int, int]:
     """(width, height) in pixels of the upright picture, from its header; the bytes behind that may be missing.
 
-    Raises ImageError where no header of these formats is found.
+    But a WebP keeps EXIF behind its pixels: one that has any must be complete. A PNG that tells its orientation there
+    is taken for upright. Raises ImageError where no header of these formats is found.
     """
     name = format_name(data)
     if name is None:
         raise ImageError(f"not a JPEG, PNG or WebP picture (it starts with {data[:8]!r}); convert it")
+    if name == "WebP" and (size := webp_size(data)) is not None:
+        return size
     try:
         image = READERS[name][1](io.BytesIO(data))
     # As in decode_image: PIL raises nearly any type.
@@ -62,6 +66,25 @@ def upright_size(data: bytes) -> tuple[int, int]:
         raise ImageError(f"damaged or truncated {name} header: {error}; store it again") from error
     width, height = image.size
     return (height, width) if orientation(image) >= 5 else (width, height)
+
+
+def webp_size(data: bytes) -> tuple[int, int] | None:
+    """(width, height) in a WebP's header; None where that is not whole, or EXIF or XMP behind the pixels may turn them.
+
+    Source: RFC 9649, sections 2.5 to 2.7.
+    """
+    kind, header = data[12:16], data[20:30]
+    if len(header) < 10:
+        return None
+    if kind == b"VP8 " and header[3:6] == b"\x9d\x01\x2a":
+        width, height = struct.unpack("<HH", header[6:])
+        return width & 0x3FFF, height & 0x3FFF
+    if kind == b"VP8L" and header[0] == 0x2F:
+        bits = int.from_bytes(header[1:5], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if kind == b"VP8X" and not header[0] & 0b1100:
+        return 1 + int.from_bytes(header[4:7], "little"), 1 + int.from_bytes(header[7:10], "little")
+    return None
 
 
 @dataclass(frozen=True)
@@ -162,9 +185,12 @@ def scans(data: bytes) -> int:
 
 
 def orientation(image: ImageFile) -> int:
-    """The EXIF orientation, 1-8; 1, which is upright, where the EXIF block is missing, unreadable or says another."""
+    """The EXIF orientation, 1-8; 1, which is upright, where the EXIF block is missing, unreadable or says another.
+
+    Of a PNG that is not loaded, only EXIF before the pixels is seen.
+    """
     try:
-        found = int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        found = int(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1))  # a PNG's own would load it
     # A damaged EXIF block says nothing against the pixels.
     except Exception:
         return 1

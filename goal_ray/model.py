@@ -7,6 +7,7 @@ import json
 import math
 import re
 import textwrap
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,9 +26,21 @@ from torch import Tensor, nn
 
 from goal_ray.errors import ConfigError, ModelError
 from goal_ray.settings import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, ModelConfig
-from goal_ray.weights import HF_WEIGHTS_FILES, check_model, create_model, empty_model, is_hf_folder, load_hf_folder
+from goal_ray.weights import (
+    HF_WEIGHTS_FILES,
+    check_model,
+    checked_architecture,
+    create_model,
+    empty_model,
+    is_hf_folder,
+    load_hf_folder,
+    read_architecture,
+)
 
 KEPT_POSITIONS = 20
+# What architectures and weights that do not fit make open_clip and torch raise.
+WORDLESS = (AssertionError, AttributeError, ZeroDivisionError)
+UNFIT = (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, SafetensorError, BadZipFile, *WORDLESS)
 TOKENIZER_ARGUMENTS = {"clean", "language", "strip_sep_token"}
 
 
@@ -106,11 +119,12 @@ def image_tower(clip: nn.Module) -> VisionTransformer:
         )
     if visual.image_size[0] != visual.image_size[1]:
         raise ModelError(f"the model reads {visual.image_size} pixels; only square input is supported")
-    if visual.image_size[0] % visual.patch_size[0]:
-        raise ModelError(
-            f"the model reads {visual.image_size[0]} pixels, no multiple of its patches' {visual.patch_size[0]}: those "
-            "at the edge would be in none"
-        )
+    for side in visual.patch_size:
+        if visual.image_size[0] % side:
+            raise ModelError(
+                f"the model reads {visual.image_size[0]} pixels, no multiple of its patches' {side}: those at the edge "
+                "would be in none"
+            )
     return visual
 
 
@@ -135,6 +149,9 @@ def encode_text(clip: nn.Module, ids_BL: Tensor) -> TowerOutput:
     A causal tower never looks to the right, so cutting the padding is exact. A bidirectional one sees its padding; its
     ids are padded back to the context here, so that the result never depends on the batch.
     """
+    if len(ids_BL) == 0:  # open_clip's custom blocks cannot shape nothing
+        one = encode_text(clip, ids_BL.new_zeros(1, ids_BL.shape[1]))
+        return TowerOutput(one.pooled_BE[:0], one.tokens_BND[:0], one.first_token)
     tower = text_tower(clip)
     context = tower.positional_embedding.shape[0]
     length = ids_BL.shape[1]
@@ -162,7 +179,11 @@ def stretch_positions(table_LD: Tensor, length: int, keep: int = KEPT_POSITIONS)
     Raises ModelError unless keep + 2 <= L <= length. Source: Long-CLIP (arXiv 2403.15378), section 3.1.
     """
     old = table_LD.shape[0]
-    if not keep + 2 <= old <= length:
+    if old < keep + 2:
+        raise ModelError(
+            f"cannot stretch a context of {old}: the first {keep} positions stay, and the stretch needs 2 more at least"
+        )
+    if old > length:
         raise ModelError(f"cannot stretch a context of {old} to {length}: the target must not be shorter")
     at = keep + torch.arange(length - keep, dtype=torch.float64) * (old - keep) / (length - keep)
     lower = at.floor().clamp(max=old - 2).long()
@@ -231,27 +252,25 @@ def load_model(config: ModelConfig, seed: int = 0) -> LoadedModel:
                 clip, tokenizer, model_cfg = _load_folder(folder, config.weights)
             else:
                 check_model(config, "model")
-                name = _architecture_name(config.name)
-                model_cfg = open_clip.get_model_config(name)
-                tokenizer = _load_tokenizer(name, model_cfg)
-                clip = create_model(name, config.weights)
+                model_cfg = read_architecture(config.name)
+                tokenizer = _load_tokenizer(config.name, model_cfg)
+                clip = create_model(config.name, model_cfg, config.weights)
         except UnpicklingError as error:
             # torch's text advises to load it all the same.
             found = str(error).rpartition("WeightsUnpickler error:")[2]
             reason = textwrap.shorten(re.split("Please use|Check the documentation", found)[0], 200)
             place = config.weights or config.name
             raise ModelError(f"{place}: refused, since it is damaged or holds more than tensors: {reason}") from None
-        except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, SafetensorError, BadZipFile) as error:
+        except UNFIT as error:
+            words = f"{type(error).__name__}: {error}"
+            if isinstance(error, WORDLESS):  # they name no setting, but the line of code does
+                words += f" in `{traceback.extract_tb(error.__traceback__)[-1].line}`"
             # Weights that do not fit name every tensor.
-            reason = textwrap.shorten(f"{type(error).__name__}: {error}", 500)
+            reason = textwrap.shorten(words, 500)
             weights = f" (weights {config.weights!r})" if config.weights else ""
             raise ModelError(f"cannot load model {config.name!r}{weights}: {reason}") from error
     image_tower(clip), text_tower(clip)  # refuses towers that GOAL cannot read
-    padding = tokenizer.tokenizer.pad_token_id if isinstance(tokenizer, HFTokenizer) else 0
-    if padding and not text_tower(clip).causal:
-        raise ModelError(
-            f"{config.name}: its text tower sees padding, which its tokenizer writes as {padding}, not as 0"
-        )
+    _check_tokenizer(config.name, clip, tokenizer)
     if config.context_length is not None:
         stretch_text(clip, config.context_length)
     model_cfg["text_cfg"]["context_length"] = text_tower(clip).positional_embedding.shape[0]
@@ -260,12 +279,18 @@ def load_model(config: ModelConfig, seed: int = 0) -> LoadedModel:
     return LoadedModel(clip, tokenizer, model_cfg, open_clip.get_model_preprocess_cfg(clip))
 
 
-def _architecture_name(name: str) -> str:
-    """open_clip's name of an architecture, which learns here of one in a .json file."""
-    if not name.endswith(".json"):
-        return name
-    open_clip.add_model_config(Path(name))
-    return Path(name).stem
+def _check_tokenizer(name: str, clip: nn.Module, tokenizer: Any) -> None:
+    """Raises ModelError for a tokenizer whose ids the text tower cannot read."""
+    tower, is_hf = text_tower(clip), isinstance(tokenizer, HFTokenizer)
+    known, written = tower.token_embedding.num_embeddings, len(tokenizer.tokenizer) if is_hf else tokenizer.vocab_size
+    if known < written:
+        raise ModelError(
+            f"{name}: its text tower knows {known} tokens (vocab_size), but its tokenizer writes {written}; set "
+            "vocab_size, or name the tokenizer that it was trained with (hf_tokenizer_name)"
+        )
+    padding = tokenizer.tokenizer.pad_token_id if is_hf else 0
+    if padding and not tower.causal:
+        raise ModelError(f"{name}: its text tower sees padding, which its tokenizer writes as {padding}, not as 0")
 
 
 def _load_folder(folder: Path, weights: str | None) -> tuple[nn.Module, Any, dict[str, Any]]:
@@ -283,7 +308,8 @@ def _load_folder(folder: Path, weights: str | None) -> tuple[nn.Module, Any, dic
             )
     name = f"local-dir:{folder}"
     with _reading(folder / OPEN_CLIP_CONFIG, ValueError, KeyError, TypeError):
-        model_cfg = json.loads((folder / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))["model_cfg"]
+        tree = json.loads((folder / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))["model_cfg"]
+    model_cfg = checked_architecture(tree, folder / OPEN_CLIP_CONFIG)
     tokenizer = _load_tokenizer(name, model_cfg)
     clip = empty_model(name)
     with _reading(folder / OPEN_CLIP_WEIGHTS, SafetensorError):
@@ -311,8 +337,18 @@ def _load_tokenizer(name: str, model_cfg: dict[str, Any]) -> Any:
     if others := sorted(set(text_cfg.get("tokenizer_kwargs", {})) - TOKENIZER_ARGUMENTS):
         allowed = ", ".join(sorted(TOKENIZER_ARGUMENTS))
         raise ModelError(f"{name}: its tokenizer_kwargs may set {allowed}, but not {', '.join(others)}")
-    from_hub = {"trust_remote_code": False} if text_cfg.get("hf_tokenizer_name") else {}
-    return open_clip.get_tokenizer(name, **from_hub)
+    source = text_cfg.get("hf_tokenizer_name")
+    from_hub = {"trust_remote_code": False} if source else {}
+    if not name.endswith(".json"):
+        return open_clip.get_tokenizer(name, **from_hub)
+    settings = {
+        "context_length": text_cfg.get("context_length", 77),
+        **text_cfg.get("tokenizer_kwargs", {}),
+        **from_hub,
+    }
+    if source:
+        return HFTokenizer(source, tokenizer_mode=text_cfg.get("tokenizer_mode"), **settings)
+    return SimpleTokenizer(**settings)
 
 
 def save_model(folder: Path, loaded: LoadedModel, weights: dict[str, Tensor]) -> None:

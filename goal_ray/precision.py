@@ -18,10 +18,13 @@ def dtype(precision: Precision) -> "torch.dtype":
 
 
 def full_fp32() -> None:
-    """Has fp32 mean fp32: torch lets convolutions on GPUs use TF32 by default, and matrix products not."""
+    """Has fp32 mean fp32: torch lets convolutions on GPUs use TF32 by default, and matrix products
+    where TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 is set.
+    """
     import torch
 
     torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
 
 
 def autocast(device: "torch.device", precision: Precision) -> "torch.autocast":

@@ -7,6 +7,7 @@ RUN/
   checkpoints/step-N/     see `goal_ray.checkpoints`          evaluations.jsonl   of the checkpoints, by step
   result.json             how the run ended                   model/              the best or last checkpoint
   evaluation/NAME.json    of `goal-ray evaluate`              export/LAYOUT/      of `goal-ray export`
+  driver.json             who trains, while it does
 """
 
 import json
@@ -17,6 +18,7 @@ from goal_ray.checkpoints import checkpoint_folder, checkpoint_folders, resolve_
 from goal_ray.storage import write_bytes
 
 CONFIG_FILE = "config.yaml"
+DRIVER_FILE = "driver.json"
 SHARDS_FILE = "shards.json"
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"

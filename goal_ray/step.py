@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
 
+from goal_ray.errors import ModelError
 from goal_ray.model import image_tower, text_tower
 from goal_ray.settings import StepConfig
 
@@ -47,8 +48,19 @@ class SiluGELU(nn.Module):
 
 
 def prepare_step(clip: nn.Module, config: StepConfig) -> None:
-    """Sets a CLIP up to compute as configured, in place; its parameters keep their names and values."""
+    """Sets a CLIP up to compute as configured, in place; its parameters keep their names and values.
+
+    Raises ModelError for checkpoint_activations of blocks that open_clip cannot recompute.
+    """
     visual, text = image_tower(clip), text_tower(clip)
+    if config.checkpoint_activations:
+        blocks = [*visual.transformer.resblocks, *text.transformer.resblocks]
+        # open_clip hands every block the arguments of this kind.
+        if other := next((block for block in blocks if not isinstance(block, ResidualAttentionBlock)), None):
+            raise ModelError(
+                f"step.checkpoint_activations: open_clip cannot recompute a {type(other).__name__} (custom blocks); "
+                "set it to false, or choose a model of plain blocks"
+            )
     if config.compile:
         torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     for transformer, mask in ((visual.transformer, None), (text.transformer, text.attn_mask)):

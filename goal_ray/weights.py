@@ -14,7 +14,13 @@ from typing import Any
 
 import open_clip
 from open_clip.factory import load_state_dict
-from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, set_model_preprocess_cfg
+from open_clip.model import (
+    CLIPTextCfg,
+    CLIPVisionCfg,
+    convert_to_custom_text_state_dict,
+    resize_pos_embed,
+    set_model_preprocess_cfg,
+)
 from open_clip.transform import PreprocessCfg
 from torch import Tensor, nn
 
@@ -51,23 +57,55 @@ def check_model(config: ModelConfig, key: str) -> None:
         )
 
 
-def empty_model(name: str, **options: Any) -> nn.Module:
+def empty_model(name: str) -> nn.Module:
     """open_clip's model of that name, to be filled with weights."""
     logging.disable(logging.WARNING)  # open_clip would warn of random weights, which give way at once
     try:
-        return open_clip.create_model(name, load_weights=False, **options)
+        return open_clip.create_model(name, load_weights=False)
     finally:
         logging.disable(logging.NOTSET)
 
 
-def create_model(name: str, weights: str | None) -> nn.Module:
-    """An open_clip architecture with the weights of a tag or a file, and the activation that these were trained with.
+def read_architecture(name: str) -> dict[str, Any]:
+    """open_clip's architecture of that name, or that in a .json file. Raises ModelError for a file that holds none.
+
+    open_clip itself does not get to know the file's: its list of names is the whole process's.
+    """
+    if not name.endswith(".json"):
+        found: dict[str, Any] = open_clip.get_model_config(name)
+        return found
+    return checked_architecture(read_json(Path(name)), Path(name))
+
+
+def checked_architecture(tree: Any, file: Path) -> dict[str, Any]:
+    """What a file holds for an architecture. Raises ModelError unless it is one."""
+    sections = [tree.get(name) for name in ("vision_cfg", "text_cfg")] if isinstance(tree, dict) else [None]
+    if not all(isinstance(section, dict) for section in sections) or "embed_dim" not in tree:
+        raise ModelError(f"{file}: no architecture of open_clip: embed_dim, and the objects vision_cfg and text_cfg")
+    return tree
+
+
+def build(model_cfg: dict[str, Any]) -> nn.Module:
+    """open_clip's model of an architecture, with random weights and the preprocessing of CLIP."""
+    if "multimodal_cfg" in model_cfg:
+        raise ModelError("CoCa models are not supported")
+    settings = {**model_cfg}
+    custom_text = settings.pop("custom_text", False) or "hf_model_name" in settings["text_cfg"]
+    clip: Any = (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(**settings)
+    set_model_preprocess_cfg(clip, {**asdict(PreprocessCfg()), "size": clip.visual.image_size})
+    return clip
+
+
+def create_model(name: str, model_cfg: dict[str, Any], weights: str | None) -> nn.Module:
+    """An architecture with the weights of a tag or a file, and the activation that these were trained with.
 
     open_clip itself only warns of the wrong one.
     """
     tag = open_clip.get_pretrained_cfg(name, weights) if weights else {}
     if weights and not tag and Path(weights).is_file():
-        return model_from_file(name, Path(weights))
+        return model_from_file(model_cfg, Path(weights))
+    if name.endswith(".json"):
+        return build(model_cfg)
     quick = bool(tag.get("quick_gelu")) if tag else None
     if quick is False and name.endswith("-quickgelu"):
         raise ModelError(
@@ -76,20 +114,38 @@ def create_model(name: str, weights: str | None) -> nn.Module:
     return open_clip.create_model(name, pretrained=weights, force_quick_gelu=bool(quick))
 
 
-def model_from_file(name: str, path: Path) -> nn.Module:
-    """An open_clip architecture with the weights of a file, which may have any of the three layouts.
+def model_from_file(model_cfg: dict[str, Any], path: Path) -> nn.Module:
+    """An architecture with the weights of a file, which may have any of the three layouts.
 
     The text context is as long as the file's position table, and the activation that of the weights where the file
     tells it: OpenAI's layout does, and Hugging Face's with its config.json beside it.
     """
-    weights, quick_gelu = read_weights(path)
-    if quick_gelu is False and open_clip.get_model_config(name).get("quick_gelu"):
-        raise ModelError(f"{path} was trained without QuickGELU, which model {name} has; choose the model without it")
+    weights, told = read_weights(path)
+    if told.get("quick_gelu") is False and model_cfg.get("quick_gelu"):
+        raise ModelError(f"{path} was trained without QuickGELU, which the model has; choose the model without it")
+    if "text_cfg" in told:
+        theirs, ours = without_shape(told), without_shape(model_cfg)
+        if differ := [f"{name}={theirs[name]}, not {ours[name]}" for name in ours if theirs[name] != ours[name]]:
+            raise ModelError(f"{path} was trained with {'; '.join(differ)} as the model has; choose one that fits")
+    text_cfg = {**model_cfg["text_cfg"]}
     table_LD = weights.get("positional_embedding", weights.get("text.positional_embedding"))
-    length = None if table_LD is None else len(table_LD)
-    clip = empty_model(name, force_quick_gelu=bool(quick_gelu), force_context_length=length)
+    if table_LD is not None:
+        text_cfg["context_length"] = len(table_LD)
+    quick_gelu = bool(told.get("quick_gelu") or model_cfg.get("quick_gelu"))
+    clip = build({**model_cfg, "text_cfg": text_cfg, "quick_gelu": quick_gelu})
     fill(clip, weights)
     return clip
+
+
+def without_shape(model_cfg: dict[str, Any]) -> dict[str, Any]:
+    """What an architecture computes with and the shape of no weight tells, but for QuickGELU."""
+    vision, text = CLIPVisionCfg(**model_cfg["vision_cfg"]), CLIPTextCfg(**model_cfg["text_cfg"])
+    found: dict[str, Any] = {}
+    for tower, config, heads in (("vision", vision, vision.width // vision.head_width), ("text", text, text.heads)):
+        found[f"{tower} heads"] = heads
+        found[f"{tower} LayerNorm eps"] = (config.norm_kwargs or {}).get("eps", 1e-5)
+        found[f"{tower} act_kwargs"] = config.act_kwargs or {}
+    return found
 
 
 def fill(clip: nn.Module, weights: dict[str, Tensor]) -> None:
@@ -106,18 +162,24 @@ def fill(clip: nn.Module, weights: dict[str, Tensor]) -> None:
     clip.load_state_dict(weights)
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], bool | None]:
-    """The weights of a file by open_clip's names, and whether they want QuickGELU (None where the file is silent)."""
-    scripted = is_torchscript(path)
-    weights = read_torchscript(path) if scripted else load_state_dict(str(path))
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights of a file by open_clip's names, and as much of open_clip's architecture as is told with them.
+
+    Beside Hugging Face's config.json that is all of it, in OpenAI's layout `quick_gelu`, else nothing. Raises
+    ModelError for a file that holds something else.
+    """
+    try:
+        weights = read_torchscript(path) if is_torchscript(path) else load_state_dict(str(path))
+    except (AttributeError, IndexError, StopIteration):
+        raise ModelError(f"{path}: no weights, which are tensors by name, alone or as `state_dict`") from None
     if is_hf_layout(weights):
         config = path.parent / HF_CONFIG_FILE
-        quick = hf_architecture(config)["quick_gelu"] if config.is_file() else None
+        told = hf_architecture(config) if config.is_file() else {}
         with naming(path):
-            return open_clip_weights(weights), quick
+            return open_clip_weights(weights), told
     weights = {name: tensor for name, tensor in weights.items() if name.split(".")[-1] != MASK}
     numbers = [weights.pop(name, None) for name in OPENAI_NUMBERS]
-    return weights, True if any(number is not None for number in numbers) else None
+    return weights, {"quick_gelu": True} if any(number is not None for number in numbers) else {}
 
 
 def is_hf_folder(folder: Path) -> bool:

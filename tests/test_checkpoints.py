@@ -125,3 +125,28 @@ def test_a_run_s_model_is_all_of_a_checkpoint_but_the_training_s_state(tmp_path)
         (checkpoint / name).write_text(name)
     model = export_model(checkpoint, tmp_path / "model")
     assert {path.name for path in model.iterdir()} == brought
+
+
+def test_a_run_s_model_is_replaced_file_by_file_where_it_differs_and_never_written_in_place(tmp_path, monkeypatch):
+    checkpoint = tmp_path / "step-00000001"
+    checkpoint.mkdir()
+    for name in ("open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json"):
+        (checkpoint / name).write_text(name)
+    model = export_model(checkpoint, tmp_path / "model")
+    before = {path.name: path.stat().st_ino for path in model.iterdir()}
+    read = (model / "open_clip_model.safetensors").open()
+    (checkpoint / "open_clip_model.safetensors").write_text("better weights")
+    export_model(checkpoint, model)
+    after = {path.name: path.stat().st_ino for path in model.iterdir()}
+    assert {name for name in before if before[name] != after[name]} == {"open_clip_model.safetensors"}
+    assert (model / "open_clip_model.safetensors").read_text() == "better weights"
+    assert read.read() == "open_clip_model.safetensors"  # who has it open reads on
+
+    def cut(data, file, _):
+        file.write(data.read()[:3])
+        raise OSError("no room")
+
+    monkeypatch.setattr("shutil.copyfileobj", cut)
+    with pytest.raises(OSError, match="no room"):
+        export_model(checkpoint, tmp_path / "other")
+    assert not list((tmp_path / "other").iterdir())

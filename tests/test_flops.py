@@ -129,7 +129,15 @@ def test_a_gpu_without_bfloat16_has_no_peak_for_it():
 
 @pytest.mark.parametrize(
     "name",
-    ["NVIDIA GeForce GTX 1080", "NVIDIA A1000", "AMD Instinct MI300X", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"],
+    [
+        "NVIDIA GeForce GTX 1080",
+        "NVIDIA A1000",
+        "AMD Instinct MI300X",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 3090 Ti",
+    ],
 )
 def test_an_unknown_gpu_and_a_slice_of_one_have_no_peak(name):
     assert peak_of(name) is None

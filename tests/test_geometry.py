@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
-from goal_ray.geometry import PixelGeometry, outer_box, resize
+from goal_ray.geometry import PixelGeometry, outer_box, random_part, resize
 from goal_ray.settings import ResizeConfig
 
 SIZE, GRID = 64, (8, 8)
@@ -117,6 +117,56 @@ def test_box_half_cut_is_clipped_and_kept_only_above_min_visible():
     gone = PixelGeometry(ResizeConfig(min_visible=0.5), SIZE, GRID)(image, box)[1]
     assert kept[0] == pytest.approx([0, 0, 3.2, 8], abs=1e-4)
     assert gone[0].tolist() == [0, 0, 0, 0]
+
+
+@given(st.data())
+@settings(max_examples=200)
+def test_a_box_inside_the_view_is_wholly_visible_whatever_is_rounded(data):
+    width, height = data.draw(st.integers(1, 5000)), data.draw(st.integers(1, 5000))
+    mode = data.draw(st.sampled_from(["squash", "random_resized_crop"]))
+    geometry = PixelGeometry(ResizeConfig(mode, min_visible=1.0), data.draw(st.sampled_from([224, 336])), GRID)
+    view = geometry.view((width, height), data.draw(st.integers(0, 2**31)))
+    x0, y0, x1, y1 = view.part_px
+    # By so much a box of pairs.json may reach over the edge.
+    over = [data.draw(st.sampled_from([0.0, 0.01])) for _ in range(4)]
+    boxes = np.array([[x0 - over[0], y0 - over[1], x1 + over[2], y1 + over[3]]], np.float32)
+    assert geometry.cells(view, boxes) == pytest.approx(np.array([[0, 0, 8, 8]]), abs=1e-4)
+
+
+def test_a_box_that_is_visibly_cut_is_not_wholly_visible():
+    geometry = PixelGeometry(ResizeConfig(min_visible=1.0), SIZE, GRID)
+    boxes = np.array([[100, 0, 200, 100], [99.9, 0, 200, 100], [100, 0, 200.1, 100]])
+    kept = geometry.cells(geometry.view((300, 100)), boxes).any(axis=1)
+    assert kept.tolist() == [True, False, False]
+
+
+SIDE = st.one_of(st.integers(1, 12), st.integers(1, 4000))
+
+
+@given(SIDE, SIDE, st.floats(0.05, 1), st.integers(0, 2**32 - 1))
+@settings(max_examples=500)
+def test_a_random_part_keeps_its_share_of_any_picture_and_nearly_its_shape(width, height, min_scale, seed):
+    x0, y0, x1, y1 = random_part(width, height, min_scale, seed)
+    assert 0 <= x0 < x1 <= width
+    assert 0 <= y0 < y1 <= height
+    assert (x1 - x0) * (y1 - y0) >= min_scale * width * height * (1 - 1e-9)
+    across, down = (x1 - x0) / width, (y1 - y0) / height
+    # Either side may be rounded up by a pixel.
+    assert across <= 4 / 3 * down + 1 / width
+    assert down <= 4 / 3 * across + 1 / height
+
+
+@pytest.mark.parametrize("size", [(1600, 200), (200, 1600), (1200, 800), (500, 500)])
+def test_random_parts_of_a_picture_of_any_shape_differ_in_size_and_place(size):
+    parts = [random_part(*size, 0.9, seed) for seed in range(200)]
+    shares = [(x1 - x0) * (y1 - y0) / (size[0] * size[1]) for x0, y0, x1, y1 in parts]
+    assert len(set(parts)) > 150
+    assert min(shares) < 0.91
+    assert max(shares) > 0.99
+    for axis in (0, 1):
+        # Parts at one end of the picture, at the other, and at neither.
+        touches = [(part[axis] == 0, part[axis + 2] == size[axis]) for part in parts]
+        assert {(False, False), (True, False), (False, True)} <= set(touches)
 
 
 def test_random_crop_is_fixed_by_its_seed_and_leaves_torchs_random_state_alone():

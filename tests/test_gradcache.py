@@ -123,6 +123,12 @@ def test_texts_of_parts_are_as_long_as_their_longest_rounded_up(tiny_clip, multi
         assert width % multiple == 0
 
 
+def test_pairs_out_of_order_are_refused_before_they_get_to_other_pictures(tiny_clip):
+    batch = random_batch(load(tiny_clip).tokenizer, seed=5)
+    with pytest.raises(ValueError, match="sort the pairs by picture"):
+        split_batch(batch._replace(sample_index_M=batch.sample_index_M.flip(0)), 2)
+
+
 def test_more_chunks_than_pictures_are_refused(tiny_clip):
     with pytest.raises(ValueError, match="4 pictures cannot be cut into 5 chunks"):
         split_batch(random_batch(load(tiny_clip).tokenizer, seed=5), 5)

@@ -4,12 +4,14 @@ import io
 import struct
 import warnings
 import zlib
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngImageFile
 
 from goal_ray.errors import ImageError
 from goal_ray.images import MAX_SCANS, decode_image, format_name, open_picture, shrink, upright_size
@@ -281,6 +283,57 @@ def test_the_upright_size_is_told_by_the_header_alone(orientation):
     exif[0x0112] = orientation
     data = encode(Image.effect_noise((300, 200), 90).convert("RGB"), "JPEG", exif=exif)
     assert upright_size(data[:1000]) == open_picture(data).size == decode_image(data).size
+
+
+@pytest.mark.parametrize("orientation", [None, 1, 6])
+def test_the_upright_size_of_a_png_is_told_by_its_header_alone(orientation):
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    data = encode(Image.effect_noise((300, 200), 90), "PNG", exif=exif)
+    with patch.object(PngImageFile, "load", side_effect=AssertionError("pixels were decoded")):
+        found = upright_size(data[:1000])
+    assert found == decode_image(data).size
+
+
+def test_a_png_with_its_orientation_behind_its_pixels_is_decoded_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(PICTURE.transpose(STORED[6]), "PNG", exif=exif)
+    start = data.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+    last = data.rindex(b"IEND") - 4
+    assert_shows_quadrants(decode_image(data[:start] + data[end:last] + data[start:end] + data[last:]), tolerance=0)
+
+
+WEBP = {
+    "lossy": {},
+    "lossless": {"lossless": True},
+    "with a colour profile": {"icc_profile": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()},
+    "animated": {"save_all": True},
+}
+
+
+@given(st.integers(1, 700), st.integers(1, 700), st.booleans())
+@settings(max_examples=20)
+@pytest.mark.parametrize("kind", WEBP)
+def test_the_size_of_a_webp_is_told_by_its_header_alone(kind, width, height, transparent):
+    picture = Image.new("RGBA", (width, height), (200, 30, 40, 100 if transparent else 255))
+    options = dict(WEBP[kind])
+    if kind == "animated":
+        options["append_images"] = [Image.new("RGB", picture.size)]
+    data = encode(picture, "WEBP", **options)
+    assert upright_size(data[:30]) == decode_image(data).size == (width, height)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_a_webp_with_exif_is_turned_and_must_be_complete(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(PICTURE, "WEBP", exif=exif)
+    assert upright_size(data) == decode_image(data).size
+    with pytest.raises(ImageError, match="damaged or truncated"):
+        upright_size(data[:-40])
 
 
 @pytest.mark.parametrize(("format", "name"), [("JPEG", "JPEG"), ("PNG", "PNG"), ("WEBP", "WebP"), ("GIF", None)])

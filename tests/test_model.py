@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import open_clip
 import pytest
 import torch
+from open_clip.tokenizer import SimpleTokenizer
 from tiny_architecture import write_architecture
 
 from goal_ray.errors import ModelError
@@ -20,6 +21,7 @@ VARIANTS = {
     "bidirectional": {"custom_text": True, "text": {"no_causal_mask": True, "pool_type": "last"}},
     "average pooling": {"vision": {"pool_type": "avg", "final_ln_after_pool": True, "no_ln_pre": True}},
     "quick gelu": {"quick_gelu": True},
+    "custom blocks": {"text": {"scale_attn": True}, "vision": {"qk_norm": True}},
 }
 
 
@@ -42,6 +44,14 @@ def test_one_forward_gives_open_clips_features_and_last_block_tokens(variant):
     assert torch.allclose(image.tokens_BND[:, image.first_token :], patches, atol=1e-12)
     assert text.first_token == 0
     assert torch.allclose(text.tokens_BND, theirs["text_intermediates"][0], atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_no_texts_have_no_embeddings(tmp_path, name):
+    clip = load_model(ModelConfig(write_architecture(tmp_path, **VARIANTS[name]))).clip
+    found = encode_text(clip, torch.zeros(0, 5, dtype=torch.long))
+    assert (found.pooled_BE.shape, found.tokens_BND.shape) == ((0, 32), (0, 5, 32))
 
 
 @torch.no_grad()
@@ -79,6 +89,11 @@ def test_any_target_length_keeps_the_first_positions_and_stays_in_order(length):
     assert stretched.shape == (length, 1)
     assert torch.equal(stretched[:20, 0], torch.arange(20.0))
     assert (stretched.diff(dim=0) > 0).all()
+
+
+def test_a_context_with_nothing_behind_the_kept_positions_cannot_be_stretched():
+    with pytest.raises(ModelError, match="cannot stretch a context of 16: the first 20 positions stay"):
+        stretch_positions(torch.zeros(16, 4), 32)
 
 
 def test_a_context_cannot_be_shortened():
@@ -174,7 +189,8 @@ def test_random_weights_follow_the_seed(tiny_clip):
     [
         ({"attentional_pool": True}, {}, {}, "attentional pooling"),
         ({"image_size": [32, 64]}, {}, {}, "only square"),
-        ({"image_size": 44}, {}, {}, "44 pixels, no multiple"),
+        ({"image_size": 44}, {}, {}, "44 pixels, no multiple of its patches' 8"),
+        ({"patch_size": [8, 12]}, {}, {}, "32 pixels, no multiple of its patches' 12"),
         ({"patch_dropout": 0.5}, {}, {}, "patch dropout"),
         ({}, {"embed_cls": True}, {"custom_text": True}, "CLS token"),
         ({}, {"proj_bias": True}, {"custom_text": True}, "bias"),
@@ -219,11 +235,64 @@ def test_the_file_of_a_folder_whose_weights_cannot_be_read_is_named(tiny_clip, t
     assert str(caught.value).startswith(f"{weights} is damaged (SafetensorError: ")
 
 
-def test_an_error_without_a_weights_file_names_none(tmp_path):
-    (tmp_path / "x.json").write_text("{}")
+@pytest.mark.parametrize(
+    ("vision", "text", "words"),
+    [
+        ({"width": 50}, {}, "embed_dim must be divisible by num_heads"),
+        ({"head_width": 0}, {}, "vision_cfg.width // vision_cfg.head_width"),
+        ({"pool_type": "sum"}, {}, "assert pool_type in ('tok', 'avg', 'none')"),
+        ({}, {"pool_type": "sum"}, "assert pool_type in ('first', 'last', 'argmax', 'eos', 'none')"),
+        ({"no_such_setting": 1}, {}, "no_such_setting"),
+    ],
+)
+def test_an_architecture_that_cannot_be_built_says_why(tmp_path, vision, text, words):
     with pytest.raises(ModelError, match="cannot load model") as caught:
-        load_model(ModelConfig(str(tmp_path / "x.json")))
+        load_model(ModelConfig(write_architecture(tmp_path, "odd", vision, text)))
+    assert words in str(caught.value)
     assert "(weights" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"text_cfg": None}, {"vision_cfg": []}, {"embed_dim": ...}])
+@pytest.mark.parametrize("in_a_folder", [False, True])
+def test_a_file_without_an_architecture_is_named(tiny_clip, tmp_path, change, in_a_folder):
+    loaded = load_model(ModelConfig(tiny_clip))
+    architecture = {name: value for name, value in (loaded.model_cfg | change).items() if value is not ...}
+    if in_a_folder:
+        save_model(tmp_path, loaded, loaded.clip.state_dict())
+        name, file = tmp_path, tmp_path / "open_clip_config.json"
+        edit_json(file, model_cfg=architecture)
+    else:
+        name = file = tmp_path / "x.json"
+        file.write_text(json.dumps(architecture))
+    with pytest.raises(ModelError) as caught:
+        load_model(ModelConfig(str(name)))
+    assert str(caught.value).startswith(f"{file}: no architecture of open_clip")
+
+
+def test_a_json_file_changes_nothing_for_other_models_of_the_process(tmp_path):
+    names, own = open_clip.list_models(), open_clip.get_model_config("ViT-B-32")
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ModelError, match="not JSON"):
+        load_model(ModelConfig(str(tmp_path / "broken.json")))
+    loaded = load_model(ModelConfig(write_architecture(tmp_path, "ViT-B-32")))
+    assert loaded.model_cfg["embed_dim"] == 32
+    assert open_clip.list_models() == names
+    assert open_clip.get_model_config("ViT-B-32") == own
+
+
+@pytest.mark.parametrize("name", ["siglip-like", "my-siglip2", "plain"])
+def test_the_tokenizer_of_a_json_file_does_not_depend_on_the_files_name(tmp_path, name):
+    loaded = load_model(ModelConfig(write_architecture(tmp_path, name, text={"context_length": 60})))
+    assert torch.equal(loaded.tokenizer(["a cat"]), SimpleTokenizer(context_length=60)(["a cat"]))
+
+
+@pytest.mark.parametrize("own_tokenizer", [False, True])
+def test_a_tower_that_does_not_know_all_its_tokenizers_tokens_is_refused(tmp_path, own_tokenizer):
+    text = {"hf_tokenizer_name": write_tokenizer(tmp_path / "tokenizer")} if own_tokenizer else {}
+    size = 7 if own_tokenizer else 49408
+    load_model(ModelConfig(write_architecture(tmp_path, text=text | {"vocab_size": size})))
+    with pytest.raises(ModelError, match=rf"knows {size - 1} tokens .* its tokenizer writes {size}"):
+        load_model(ModelConfig(write_architecture(tmp_path, text=text | {"vocab_size": size - 1})))
 
 
 def test_a_weights_file_with_code_in_it_is_not_run(tiny_clip, tmp_path):

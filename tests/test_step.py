@@ -6,9 +6,11 @@ import pytest
 import torch
 from goal_batches import MEAN, STD, gradients, load, random_batch
 from open_clip.transformer import QuickGELU
+from tiny_architecture import write_architecture
 from torch import nn
 from torch._dynamo.utils import counters
 
+from goal_ray.errors import ModelError
 from goal_ray.losses import GoalModel
 from goal_ray.model import encode_image, encode_text
 from goal_ray.settings import LossConfig, StepConfig
@@ -81,6 +83,26 @@ def test_compiled_towers_stay_compiled_through_training_and_evaluation(tiny_clip
     assert counters["frames"]["ok"] == counters["frames"]["total"]
     assert counters["frames"]["ok"] <= RECOMPILE_LIMIT / 2
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("tower", ["vision", "text"])
+def test_blocks_that_open_clip_cannot_recompute_are_refused(tmp_path, tower):
+    loaded = load(write_architecture(tmp_path, **{tower: {"block_type": "custom"}}))
+    with pytest.raises(ModelError, match="cannot recompute a CustomResidualAttentionBlock"):
+        prepare_step(loaded.clip, StepConfig(checkpoint_activations=True))
+    prepare_step(loaded.clip, StepConfig())
+
+
+def test_custom_blocks_train_on_a_batch_without_any_pair(tmp_path):
+    loaded = load(write_architecture(tmp_path, text={"block_type": "custom"}))
+    prepare_step(loaded.clip, StepConfig())
+    batch = random_batch(loaded.tokenizer, seed=4)
+    pairs = ("crops_M3SS", "sentences_ML", "boxes_M4", "spans_M2", "sample_index_M")
+    batch = batch._replace(**{name: getattr(batch, name)[:0] for name in pairs})
+    terms_4 = GoalModel(loaded.clip, LossConfig(), MEAN, STD).double()(batch)
+    terms_4.sum().backward()
+    assert terms_4[1:].tolist() == [0, 0, 0]
+    assert all(parameter.grad.isfinite().all() for parameter in loaded.clip.parameters())
 
 
 def test_only_a_causal_tower_attends_causally(tiny_clip):

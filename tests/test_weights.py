@@ -164,6 +164,42 @@ def test_weights_without_quick_gelu_are_refused_by_an_architecture_with_it(tmp_p
         load_model(ModelConfig(path, weights=str(folder / "model.safetensors")))
 
 
+@pytest.mark.parametrize(
+    ("vision", "text", "words"),
+    [
+        ({"head_width": 12}, {}, "vision heads=3, not 4"),
+        ({}, {"heads": 4}, "text heads=2, not 4"),
+        ({"norm_kwargs": {"eps": 1e-6}}, {}, "vision LayerNorm eps=1e-05, not 1e-06"),
+        ({}, {"norm_kwargs": {"eps": 1e-6}}, "text LayerNorm eps=1e-05, not 1e-06"),
+        ({"act_kwargs": {"approximate": "tanh"}}, {}, "vision act_kwargs={}, not {'approximate': 'tanh'}"),
+        ({"head_width": 24}, {"heads": 1}, "vision heads=3, not 2; text heads=2, not 1"),
+    ],
+)
+def test_a_file_for_another_model_of_the_same_shapes_is_refused_by_what_differs(tmp_path, vision, text, words):
+    vision, text = {"mlp_ratio": 200.5 / 48, **vision}, {"mlp_ratio": 100 / 32, **text}
+    path = write_architecture(tmp_path, "start", vision, text, embed_dim=24)
+    folder = hf_folder(tmp_path / "hf", hidden_act="gelu")
+    with pytest.raises(ModelError) as error:
+        load_model(ModelConfig(path, weights=str(folder / "model.safetensors")))
+    assert words in str(error.value)
+
+
+def test_a_file_with_other_settings_fills_an_architecture_that_has_them(tmp_path):
+    changes = {"norm_kwargs": {"eps": 1e-3}, "act_kwargs": {"approximate": "tanh"}}
+    vision, text = {"mlp_ratio": 200.5 / 48, **changes}, {"mlp_ratio": 100 / 32, **changes}
+    path = write_architecture(tmp_path, "start", vision, text, embed_dim=24)
+    folder = hf_folder(tmp_path / "hf", hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-3)
+    loaded = load_model(ModelConfig(path, weights=str(folder / "model.safetensors")))
+    assert same_embeddings(loaded, CLIPModel.from_pretrained(folder).eval())
+
+
+@pytest.mark.parametrize("content", [[torch.zeros(2)], {}, {"state_dict": [1]}, {1: torch.zeros(2)}])
+def test_a_file_without_a_state_dict_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "odd.pt")
+    with pytest.raises(ModelError, match=r"odd\.pt: no weights, which are tensors by name"):
+        load_model(ModelConfig(write_architecture(tmp_path), weights=str(tmp_path / "odd.pt")))
+
+
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt"])
 def test_a_file_in_open_clips_layout_fills_an_architecture(tmp_path, name):
     path, clip = start(tmp_path)

@@ -132,7 +132,7 @@ def fit(recipe: str, folder: Path, seed: int, shards: str, model: str, more: Seq
     """Trains by one of the demo's recipes, or goes on where an interrupted demo stopped."""
     places = [f"model.name={model}", f"data.shards={shards}", f"storage_path={folder / 'runs'}", f"seed={seed}"]
     config = load_config(TrainConfig, HERE / recipe, [*places, *more])
-    return train(config, resume=(folder / "runs" / config.name).exists())
+    return train(config, resume=None)
 
 
 def table_head(cell: int) -> str:

@@ -46,7 +46,7 @@ def evaluate(
     checkpoint  a run folder (its best checkpoint, or its newest), a checkpoint or exported folder, or an open_clip
                 architecture
     weights     for an architecture: a pretrained tag or a file
-    batch       samples per forward pass; the metrics do not depend on it
+    batch       samples per forward pass; the metrics do not depend on it, but for rounding in bf16 and fp16
     pairs       also measures so many pairs of every sample, the best by its KEY.pairs.json: `local`, sentences among
                 all these regions and back, and `joint`, where captions and sentences search pictures and regions alike
 

@@ -9,6 +9,7 @@ from goal_ray.cli import parser, run_main
 from goal_ray.errors import ConfigError, StageError
 from goal_ray.spot.notice import CLOUDS, wait_for_notice
 
+AGAIN_S = 1.0
 DESCRIPTION = """Tells Ray when the cloud is about to take this machine away.
 
 To be started beside `ray start` on spot machines of AWS or Google Cloud, as the launcher files in cluster/ do. At the
@@ -17,29 +18,74 @@ no new work, and a training saves, where the time suffices, and goes on without 
 itself, when its pod is told to end."""
 
 
-def drain(address: str, node_id: str | None, left_s: float, why: str) -> str:
-    """Has Ray drain a node, by default this machine's. Returns its id. Raises StageError where Ray will not."""
-    import ray
-    from ray._private.services import canonicalize_bootstrap_address_or_die
-    from ray.core.generated import autoscaler_pb2, gcs_pb2
-    from ray.util import get_node_ip_address
+class Node:
+    """A node of a Ray cluster that can be drained.
 
-    # As `ray drain-node` does, which asks for an id; none of these has types.
-    raylet, nodes, draining = (cast(Any, module) for module in (ray._raylet, gcs_pb2, autoscaler_pb2))
-    client = raylet.GcsClient(address=canonicalize_bootstrap_address_or_die(address))
-    if node_id is None:
-        own = get_node_ip_address()
-        alive = [info for info in client.get_all_node_info().values() if info.state == nodes.GcsNodeInfo.ALIVE]
-        here = [info.node_id.hex() for info in alive if info.node_manager_address == own]
+    address  of Ray's head; "auto" is that of this machine's Ray
+    node_id  by default this machine's
+
+    Raises StageError where there is none.
+    """
+
+    def __init__(self, address: str, node_id: str | None):
+        from ray._private.services import canonicalize_bootstrap_address_or_die
+        from ray.exceptions import RayError
+
+        try:
+            self.address = canonicalize_bootstrap_address_or_die(address)
+            self.id = self._find(node_id)
+        except (RayError, OSError, RuntimeError) as error:
+            raise StageError(
+                f"no Ray is found at {address} ({error}); run `ray start` first, or give its head with --address"
+            ) from None
+
+    def _find(self, node_id: str | None) -> str:
+        from ray.core.generated import gcs_pb2
+        from ray.util import get_node_ip_address
+
+        own, alive = get_node_ip_address(), cast(Any, gcs_pb2).GcsNodeInfo.ALIVE
+        nodes = [info for info in self._client().get_all_node_info().values() if info.state == alive]
+        if node_id is not None:
+            if node_id not in [info.node_id.hex() for info in nodes]:
+                raise StageError(f"Ray at {self.address} has no living node {node_id}; `ray list nodes` shows them")
+            return node_id
+        here = [info.node_id.hex() for info in nodes if info.node_manager_address == own]
         if len(here) != 1:
             raise StageError(f"{len(here)} of Ray's nodes are at {own}, not 1; say which with --node-id")
-        node_id = here[0]
-    deadline_ms = int((time.time() + left_s) * 1000)
-    preemption = draining.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
-    accepted, objection = client.drain_node(node_id, preemption, why, deadline_ms)
-    if not accepted:
-        raise StageError(f"Ray does not drain node {node_id}: {objection}")
-    return node_id
+        return here[0]
+
+    def _client(self) -> Any:
+        import ray
+
+        return cast(Any, ray._raylet).GcsClient(address=self.address)
+
+    def drain(self, left_s: float, why: str) -> None:
+        """Has Ray drain it. Raises StageError where Ray will not."""
+        from ray.core.generated import autoscaler_pb2
+        from ray.exceptions import RayError
+
+        # As `ray drain-node` does.
+        preemption = cast(Any, autoscaler_pb2).DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+        deadline_ms = int((time.time() + left_s) * 1000)
+        try:
+            accepted, objection = self._client().drain_node(self.id, preemption, why, deadline_ms)
+        except (RayError, OSError, RuntimeError) as error:
+            raise StageError(f"Ray's head at {self.address} does not answer: {error}") from None
+        if not accepted:
+            raise StageError(f"Ray does not drain node {self.id}: {objection}")
+
+
+def drain_in_time(node: Node, left_s: float, why: str) -> None:
+    """Drains a node, tried again until the machine's time is over. Raises what the last try met."""
+    until = time.monotonic() + left_s
+    while True:
+        try:
+            return node.drain(max(0.0, until - time.monotonic()), why)
+        except StageError as error:
+            if time.monotonic() + AGAIN_S > until:
+                raise
+            print(f"{error}; trying again", file=sys.stderr, flush=True)
+            time.sleep(AGAIN_S)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -55,10 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = command.parse_args(arguments)
     if options.cloud not in CLOUDS:
         raise ConfigError(f"cloud {options.cloud!r} is unknown; there are: {', '.join(CLOUDS)}")
+    node = Node(options.address, options.node_id)  # what is wrong with it shows now, not at the notice
     left_s = wait_for_notice(options.cloud, options.server or CLOUDS[options.cloud][1])
     why = f"{options.cloud} takes this spot machine in {left_s:.0f} s"
-    node_id = drain(options.address, options.node_id, left_s, why)
-    print(f"{why}; node {node_id} is drained", file=sys.stderr)
+    drain_in_time(node, left_s, why)
+    print(f"{why}; node {node.id} is drained", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from goal_ray.checkpoints import newest_intact, prune_checkpoints, saved_log, step_of
+from goal_ray.checkpoints import (
+    STATE_FILE,
+    checkpoint_folder,
+    checkpoint_folders,
+    newest_intact,
+    prune_checkpoints,
+    saved_log,
+    step_of,
+)
 from goal_ray.errors import GoalRayError, StageError
 from goal_ray.events import event
 from goal_ray.ray_session import is_joined
 from goal_ray.train.config import TrainConfig
+from goal_ray.train.driver_lock import SEEN_S, DriverLock, not_shared
 from goal_ray.train.evaluation import Evaluations
 from goal_ray.train.failures import WorkerDied, first_line, own_error
 from goal_ray.train.mailbox import open_mailbox
@@ -20,8 +29,10 @@ from goal_ray.train.network import process_group
 from goal_ray.train.places import (
     INGEST,
     Demand,
+    beside_evaluation,
     cluster_resources,
     draining_nodes,
+    evaluation_places,
     growth,
     lacking,
     most_workers,
@@ -45,6 +56,7 @@ class Attempts:
     job          fields of `goal_ray.train.loop.Job` that every attempt shares
     most_bad     how many samples of the run may be unusable
     interrupted  set when the run is to save a checkpoint and end
+    lock         by which the run folder is this driver's
     """
 
     def __init__(
@@ -56,6 +68,7 @@ class Attempts:
         recorder: RunRecorder,
         evaluations: Evaluations,
         interrupted: threading.Event,
+        lock: DriverLock,
     ):
         self.config = config
         self.job = job
@@ -65,6 +78,7 @@ class Attempts:
         self.recorder = recorder
         self.evaluations = evaluations
         self.interrupted = interrupted
+        self.lock = lock
         self.nodes: set[str] = set()
         self.looked_around = 0.0
         self.room_since: float | None = None
@@ -96,7 +110,11 @@ class Attempts:
                     if self.nonfinite and is_joined():
                         time.sleep(SCRAPED_S)  # or the alert would never see why the run ended
                     raise own from error
-                if not isinstance(own, WorkerDied | RuntimeError) or failures > self.config.max_failures:
+                if not isinstance(own, WorkerDied | RuntimeError):
+                    raise own from error
+                if self.newest_saved >= self.job["total_steps"]:  # nothing is left to do for other workers
+                    return "finished"
+                if failures > self.config.max_failures:
                     raise own from error
                 self._restarting(first_line(own))
                 self.recorder.line.say(
@@ -111,11 +129,12 @@ class Attempts:
         event("train", str(self.run_dir), "workers start again", logging.WARNING, reason=reason, step=self.newest_saved)
 
     def _attempt(self, resume_from: Path | None, workers: int) -> Ending:
-        """One group of workers.
+        """One group of workers. Raises what they met, or a StageError that is no WorkerDied for what the driver met.
 
         Ray Train runs in a thread of its own: from the main thread it would take over Ctrl-C.
         """
         import ray
+        from ray.exceptions import RayError
 
         mailbox = open_mailbox()
         trainer = self._trainer({**self.job, "resume_from": resume_from}, mailbox, workers)
@@ -130,18 +149,20 @@ class Attempts:
         self.recorder.line.show(f"starting {number_of(workers)}")
         self.recorder.count_time()
         self.recorder.workers = workers
+        self.recorder.cost.gpus = self.use_gpu  # from their start on, of which the workers tell only later
         self.nodes.clear()
         self.room_since = None
         thread = threading.Thread(target=fit, daemon=True)
         thread.start()
         ending: Ending = "finished"
-        more = Demand(growth(self.config, self.use_gpu, workers) if is_joined() else [])
+        more = Demand()
         try:
             while thread.is_alive():
                 thread.join(POLL_S)
                 for record in ray.get(mailbox.take.remote()):
                     self._receive(record)
-                self.evaluations.poll()
+                # The workers choose their places first: what is left is the evaluation's.
+                self.evaluations.poll(may_start=bool(self.nodes) and ending == "finished")
                 self.recorder.count_time()
                 self.recorder.line.tick()
                 if ending == "finished" and (wish := self._reason_to_end(workers, more)) is not None:
@@ -149,14 +170,19 @@ class Attempts:
                     ray.get(mailbox.stop.remote())
                 # What is asked for takes the places it finds: only when the workers have theirs, and not for long,
                 # or the ingest would wait for its CPUs.
-                if self.nodes and self.room_since is None and ending == "finished":
-                    more.start()
-                else:
-                    more.end()
+                asks = self.nodes and self.room_since is None and ending == "finished" and is_joined()
+                evaluating = self.evaluations.has_place
+                more.want(growth(self.config, self.use_gpu, workers, evaluating) if asks else [])
             for record in ray.get(mailbox.take.remote()):
                 self._receive(record)
+        except (RayError, RuntimeError) as error:
+            if not failures:  # the workers live, and others beside them would write into the same folder
+                raise StageError(
+                    f"the driver, not a worker, failed ({type(error).__name__}: {first_line(error)}); its mailbox or "
+                    f"the cluster may be gone; go on with --resume; run folder: {self.run_dir}"
+                ) from error
         finally:
-            more.end()
+            more.want([])
             self.recorder.count_time()
             self.recorder.workers = 0
             ray.kill(mailbox)
@@ -173,7 +199,7 @@ class Attempts:
 
         fields = {name: value for name, value in job.items() if name != "total_steps"}
         return TorchTrainer(
-            partial(worker_entry, fields, mailbox, self.use_gpu),
+            partial(worker_entry, fields, mailbox, self.use_gpu, self.lock),
             scaling_config=ScalingConfig(
                 num_workers=workers,
                 use_gpu=self.use_gpu,
@@ -197,12 +223,14 @@ class Attempts:
         elif "node" in record:
             self.nodes.add(record["node"])
         elif "nonfinite" in record:
-            self.recorder.prometheus.count("nonfinite_losses")
+            if not self.nonfinite:  # every worker tells
+                self.recorder.prometheus.count("nonfinite_losses")
+                event("train", str(self.run_dir), "loss is not finite", logging.ERROR, step=record["nonfinite"])
             self.nonfinite = True
-            event("train", str(self.run_dir), "loss is not finite", logging.ERROR, step=record["nonfinite"])
         elif "device" in record:
             self.recorder.describe(record)
         elif "saved" in record:
+            self._check_saved(record["saved"])
             self.newest_saved = max(self.newest_saved, record["saved"])
             self.recorder.prometheus.set("checkpoint_step", self.newest_saved)
             event("train", str(self.run_dir), "checkpoint saved", step=record["saved"])
@@ -210,6 +238,16 @@ class Attempts:
             prune_checkpoints(self.run_dir, self.config.keep_checkpoints, self.evaluations.needed)
         else:
             self.recorder.log(record)
+
+    def _check_saved(self, step: int) -> None:
+        """Raises StageError where a worker's checkpoint is not here; one that newer ones have replaced need not be."""
+        folder, until = checkpoint_folder(self.run_dir, step), time.monotonic() + SEEN_S
+        while not (folder / STATE_FILE).exists():
+            if any(step_of(other) > step for other in checkpoint_folders(self.run_dir)):
+                return
+            if time.monotonic() > until:
+                raise not_shared(self.run_dir, f"a worker has saved {folder.name}, and the driver does not find it")
+            time.sleep(LOOK_S)
 
     def _reason_to_end(self, workers: int, more: Demand) -> Ending | None:
         """Why this group of workers should save a checkpoint and end, if it should; `more` is wanted beside it."""
@@ -225,6 +263,7 @@ class Attempts:
         if now - self.looked_around < LOOK_AROUND_S:
             return None
         self.looked_around = now
+        self.lock.check_held()
         leaving = draining_nodes()
         if ray.get_runtime_context().get_node_id() in leaving:  # this process ends with its node, whatever it does
             self.recorder.line.say("the driver's node is about to go: saving a checkpoint, to go on from with --resume")
@@ -239,7 +278,8 @@ class Attempts:
         if self.room_since is None and any(more.found()):
             self.room_since = now
         if self.room_since is not None and now - self.room_since > GROW_AFTER_S:
-            if (most_workers(self.config, self.use_gpu, cluster_resources()) or 0) > workers:
+            have = beside_evaluation(self.config, cluster_resources())
+            if (most_workers(self.config, self.use_gpu, have) or 0) > workers:
                 return "resized"
             self.room_since = None
         return None
@@ -251,21 +291,20 @@ class Attempts:
         end it has not noticed.
         """
         bundle, counts = self.config.worker_bundle(self.use_gpu), self.config.worker_counts
-        # One after the other, or what is wanted beside the fewest could take places that these need.
-        fewest = Demand([[bundle] * counts[0] + [INGEST]])
-        others = Demand([[bundle]] * (counts[-1] - counts[0]))
+        # One after the other, or what is wanted beside the fewest could take places that these need. An evaluation that
+        # is not yet begun has its place before those: else the run would take it, and go over to it again and again.
+        fewest, evaluation, others = Demand(), Demand(), Demand()
         try:
-            fewest.start()
+            fewest.want([[bundle] * counts[0] + [INGEST]])
             self._wait_for(fewest)
-            others.start()
-            found, since = others.found(), time.monotonic()
-            while not all(found) and time.monotonic() - since < SETTLED_S:
-                time.sleep(LOOK_S)
-                before, found = found, others.found()
-                since = since if found == before else time.monotonic()
+            if len(counts) > 1 and self.evaluations.running is None:
+                evaluation.want([[each] for each in evaluation_places(self.config)])
+                settled(evaluation)
+            others.want([[bundle]] * (counts[-1] - counts[0]))
+            found = settled(others)
         finally:
-            fewest.end()
-            others.end()
+            for demand in (fewest, evaluation, others):
+                demand.want([])
         return max(count for count in counts if count <= counts[0] + sum(found))
 
     def _wait_for(self, fewest: Demand) -> None:
@@ -284,5 +323,16 @@ class Attempts:
                 )
             if waited_s > SETTLED_S:
                 self.recorder.line.show(f"waiting for nodes: {lack}")
+            self.evaluations.poll(may_start=False)  # one that has ended holds its place until then
             self.recorder.count_time()
             time.sleep(LOOK_S)
+
+
+def settled(demand: Demand) -> list[bool]:
+    """Which of a demand's groups have their places, once all have or no more do for SETTLED_S seconds."""
+    found, since = demand.found(), time.monotonic()
+    while not all(found) and time.monotonic() - since < SETTLED_S:
+        time.sleep(LOOK_S)
+        before, found = found, demand.found()
+        since = since if found == before else time.monotonic()
+    return found

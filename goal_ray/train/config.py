@@ -70,7 +70,9 @@ class OptimizerConfig:
             raise ValueError("layer_decay must be in (0, 1]; 1 is off")
         if self.warmup_steps < 0:
             raise ValueError("warmup_steps must not be negative")
-        for name in ("clip_norm", "weight_decay", "eps"):
+        if not 0 < self.eps < math.inf:
+            raise ValueError("eps must be a positive number; at 0 an embedding row that no text uses becomes NaN")
+        for name in ("clip_norm", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number, and not negative")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -122,6 +124,16 @@ class EvaluationConfig:
     def lower_is_better(self) -> bool:
         """Whether the best checkpoint has the lowest value of `metric`."""
         return is_rank(self.metric)
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What one holds of Ray's resources."""
+        return {"CPU": float(self.cpus), **({"GPU": float(self.gpus)} if self.gpus else {})}
+
+    @property
+    def needs(self) -> str:
+        """The same in words."""
+        return f"{self.cpus} CPUs and {self.gpus} GPUs"
 
 
 @strict

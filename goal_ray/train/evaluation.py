@@ -1,21 +1,26 @@
 """Evaluation of a run's checkpoints beside the training: which is the best, and whether to go on."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from goal_ray.checkpoints import checkpoint_folder, checkpoint_folders, step_of
-from goal_ray.jsonl import append_records, read_records
+from goal_ray.errors import StageError
+from goal_ray.jsonl import append_records
 from goal_ray.metric_names import by_dotted_name
 from goal_ray.run_folder import HISTORY_FILE
 from goal_ray.train.config import EvaluationConfig
+from goal_ray.train.places import Demand
+from goal_ray.train.recorder import keep_steps
 
 
 class Evaluations:
     """Evaluates one checkpoint after the other in a Ray task; RUN/evaluations.jsonl keeps the results by step.
 
     While one is evaluated the newest of those that come waits, and those between are left out: a slow evaluation costs
-    points of the curve, not a disk full of checkpoints.
+    points of the curve, not a disk full of checkpoints. Results beyond the newest checkpoint are dropped: these steps
+    come again, maybe with other settings.
 
     draw  takes a step and its numbers, for the curves
     say   takes a line for the user
@@ -32,11 +37,13 @@ class Evaluations:
         self.config = config
         self.draw = draw
         self.say = say
-        history = read_records(run_dir / HISTORY_FILE)
+        folders = checkpoint_folders(run_dir)
+        history = keep_steps(run_dir / HISTORY_FILE, step_of(folders[-1]) if folders else 0)
         self.values = {record["step"]: record[config.metric] for record in history if config.metric in record}
         self.waiting: int | None = None
         self.running: tuple[int, Any] | None = None
-        for folder in checkpoint_folders(run_dir):
+        self.place = Demand()
+        for folder in folders:
             self.add(step_of(folder))
 
     def add(self, step: int) -> None:
@@ -65,11 +72,21 @@ class Evaluations:
         patience = self.config.patience
         return patience is not None and len(curve) > patience and max(curve[-patience:]) <= max(curve[:-patience])
 
-    def poll(self, wait_s: float = 0.0) -> None:
-        """Takes a result that is there, and starts the next evaluation."""
+    @property
+    def has_place(self) -> bool:
+        """Whether an evaluation holds its CPUs and GPUs now."""
+        return all(self.place.found()) if self.running is not None else False
+
+    @property
+    def left(self) -> int:
+        """How many are still to be done."""
+        return (self.running is not None) + (self.waiting is not None)
+
+    def poll(self, wait_s: float = 0.0, may_start: bool = True) -> None:
+        """Takes a result that is there, and starts the next evaluation, if it `may_start`."""
         import ray
 
-        if self.running is None and self.waiting is not None:
+        if may_start and self.running is None and self.waiting is not None:
             self.running = self.waiting, self._start(self.waiting)
             self.waiting = None
         if self.running is None:
@@ -78,23 +95,43 @@ class Evaluations:
         ready, _ = ray.wait([reference], timeout=wait_s)
         if ready:
             self.running = None
+            self.place.want([])
             self._take(step, reference)
 
-    def finish(self, tick: Callable[[], None], interrupted: Callable[[], bool]) -> bool:
-        """Waits for all evaluations. Returns whether they came, and no interruption before them."""
-        while self.running is not None or self.waiting is not None:
+    def finish(self, tick: Callable[[], None], interrupted: Callable[[], bool], patience_s: float) -> bool:
+        """Waits for all evaluations. Returns whether they came, and no interruption before them.
+
+        Raises StageError where one has waited for its place for so long.
+        """
+        since = time.monotonic()
+        while self.left:
             if interrupted():
                 return False
             self.poll(wait_s=0.5)
             tick()
+            if self.running is None or self.has_place:
+                since = time.monotonic()
+            elif time.monotonic() - since > patience_s:
+                raise StageError(
+                    f"no node has had {self.config.needs} free for the evaluation of step {self.running[0]} for "
+                    f"{patience_s:.0f} s; lower evaluation.cpus or evaluation.gpus, or add such a node, then go on "
+                    "with --resume"
+                )
         return True
 
     def _start(self, step: int) -> Any:
         import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+        self.place.want([[self.config.bundle]])
         # One call a process, or an idle one would keep a GPU's memory that Ray lends to another.
         task = ray.remote(max_calls=1)(evaluate_checkpoint)
-        reserved = task.options(num_cpus=self.config.cpus, num_gpus=self.config.gpus, max_retries=2)
+        reserved = task.options(
+            num_cpus=self.config.cpus,
+            num_gpus=self.config.gpus,
+            max_retries=2,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self.place.waiting[0]),
+        )
         return reserved.remote(str(checkpoint_folder(self.run_dir, step)), self.config)
 
     def _take(self, step: int, reference: Any) -> None:

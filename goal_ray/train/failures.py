@@ -23,8 +23,9 @@ def own_error(error: BaseException, run_dir: Path) -> BaseException:
     for cause in inside:
         if isinstance(cause, RayActorError):
             return WorkerDied(
-                f"a training worker died ({first_line(cause)}); the memory may have run out: lower "
-                f"batch_per_worker, then go on with --resume; Ray's logs say more; run folder: {run_dir}"
+                f"a training worker died ({first_line(cause)}); the memory may have run out: set `chunk` below "
+                "batch_per_worker, or step.checkpoint_activations=true, then go on with --resume; Ray's logs say more; "
+                f"run folder: {run_dir}"
             )
     for cause in inside:
         if type(cause).__name__.startswith("WorkerGroupStartup"):

@@ -77,7 +77,7 @@ def train_worker(job: Job, rank: int, ranks: int, device: torch.device) -> None:
         raise StageError(
             f"out of GPU memory on rank {rank} ({str(error).splitlines()[0]}); with batch_per_worker="
             f"{config.batch_per_worker}: set `chunk` below it, step.checkpoint_activations=true, {shard}"
-            "offload=optimizer, or lower batch_per_worker, then go on with --resume"
+            "offload=optimizer, or lower batch_per_worker and raise accumulate by as much, then go on with --resume"
         ) from None
 
 
@@ -218,8 +218,8 @@ def nonfinite(job: Job, step: int) -> StageError:
     At stages 1 to 3 DeepSpeed leaves out an update whose gradient is not finite, and would go on; at stage 0 it is
     made, and the next loss shows it.
     """
+    job.send({"nonfinite": step + 1})  # from every rank, and before the tars are read: another may end all meanwhile
     place = write_offenders(job, step)
-    job.send({"nonfinite": step + 1})
     return StageError(
         f"the loss of step {step + 1}, or its gradient, is not finite; the samples of that step and the one before are "
         f"listed in {place}; look at them, or lower optimizer.lr, then go on with --resume from the checkpoint before"
@@ -272,12 +272,13 @@ def read_batches(job: Job, reader: BatchReader, first: int, last: int) -> Iterat
         if len(met) > job.bad_allowed:
             raise StageError(
                 f"{len(met)} samples turned out unreadable, more than data.max_bad_share="
-                f"{job.config.data.max_bad_share} allows; the last: {describe_bad(bad[-1])}; all of them: "
-                f"{job.run_dir / QUARANTINE_FILE}"
+                f"{job.config.data.max_bad_share} allows; mend them, or raise that, then go on with --resume; the "
+                f"last: {describe_bad(bad[-1])}; all of them: {job.run_dir / QUARANTINE_FILE}"
             )
         if not packed:
             raise StageError(
-                f"a whole micro-batch is unreadable; raise batch_per_worker, or mend the data; "
-                f"the last: {describe_bad(bad[-1])}; all of them: {job.run_dir / QUARANTINE_FILE}"
+                "a whole micro-batch is unreadable; mend its samples, or raise batch_per_worker and lower accumulate "
+                f"by as much, then go on with --resume; the last: {describe_bad(bad[-1])}; all of them: "
+                f"{job.run_dir / QUARANTINE_FILE}"
             )
         yield packed

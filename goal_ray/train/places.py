@@ -8,36 +8,32 @@ INGEST = {"CPU": 1.0}
 
 
 class Demand:
-    """Groups of places with these resources, each wanted whole or not at all, from `start` to `end`.
+    """Groups of places, each with a resource bundle per place, and wanted whole or not at all.
 
     They are placement groups: an autoscaler starts nodes for one that waits, and it goes with the driver, however that
     ends. (`request_resources` would outlive a killed driver, and keep nodes that cost money.)
     """
 
-    def __init__(self, groups: list[list[dict[str, float]]]):
-        self.groups = groups
+    def __init__(self) -> None:
+        self.groups: list[list[dict[str, float]]] = []
         self.waiting: list[Any] = []
 
-    def start(self) -> None:
-        """From now on the places are wanted; nothing where they are already."""
-        from ray.util import placement_group
-
-        if not self.waiting:
-            self.waiting = [placement_group(bundles) for bundles in self.groups]
-
-    def found(self) -> list[bool]:
-        """Which of the groups have their places, held until `end`; empty before `start`."""
-        from ray.util import placement_group_table
-
-        return [placement_group_table(group)["state"] == "CREATED" for group in self.waiting]
-
-    def end(self) -> None:
-        """They are no more; those that were found are free."""
-        from ray.util import remove_placement_group
+    def want(self, groups: list[list[dict[str, float]]]) -> None:
+        """From now on these are wanted and no others, which are free; nothing where they are already."""
+        if groups == self.groups:
+            return
+        from ray.util import placement_group, remove_placement_group
 
         for group in self.waiting:
             remove_placement_group(group)
-        self.waiting.clear()
+        self.waiting = [placement_group(bundles) for bundles in groups]
+        self.groups = groups
+
+    def found(self) -> list[bool]:
+        """Which of the groups have their places, held as long as they are wanted."""
+        from ray.util import placement_group_table
+
+        return [placement_group_table(group)["state"] == "CREATED" for group in self.waiting]
 
 
 def most_workers(config: TrainConfig, use_gpu: bool, resources: dict[str, float]) -> int | None:
@@ -57,14 +53,27 @@ def short_of(config: TrainConfig, use_gpu: bool, workers: int, resources: dict[s
     return {name: amount for name, amount in needed.items() if resources.get(name, 0) < amount}
 
 
-def growth(config: TrainConfig, use_gpu: bool, workers: int) -> list[list[dict[str, float]]]:
+def growth(config: TrainConfig, use_gpu: bool, workers: int, evaluating: bool) -> list[list[dict[str, float]]]:
     """Places for more than these workers, in groups for `Demand`, each enough for the next count of workers.
 
-    Where workers are CPUs, each has one for the ingest too: or it could be the ingest's own that a group finds.
+    Where workers are CPUs, each has one for the ingest too: or it could be the ingest's own that a group finds. And so
+    for an evaluation, unless one is `evaluating`.
     """
     step = next((each - workers for each in config.worker_counts if each > workers), 0)
-    group = [config.worker_bundle(use_gpu)] * step + ([] if use_gpu else [INGEST])
+    beside = ([] if use_gpu else [INGEST]) + ([] if evaluating else evaluation_places(config))
+    group = [config.worker_bundle(use_gpu)] * step + beside
     return [group] * ((config.max_workers - workers) // step) if step else []
+
+
+def evaluation_places(config: TrainConfig) -> list[dict[str, float]]:
+    """The one place that evaluations need; none where the run has none."""
+    return [] if config.evaluation.shards is None else [config.evaluation.bundle]
+
+
+def beside_evaluation(config: TrainConfig, resources: dict[str, float]) -> dict[str, float]:
+    """What an evaluation leaves of resources."""
+    taken = {name: amount for bundle in evaluation_places(config) for name, amount in bundle.items()}
+    return {name: resources.get(name, 0) - taken.get(name, 0) for name in {**resources, **taken}}
 
 
 def lacking(config: TrainConfig, use_gpu: bool, workers: int, resources: dict[str, float]) -> str:
@@ -77,15 +86,19 @@ def lacking(config: TrainConfig, use_gpu: bool, workers: int, resources: dict[st
 
 def cluster_resources() -> dict[str, float]:
     """The resources of all nodes that are alive and will stay."""
+    total: dict[str, float] = {}
+    for node in node_resources():
+        for name, amount in node.items():
+            total[name] = total.get(name, 0) + amount
+    return total
+
+
+def node_resources() -> list[dict[str, float]]:
+    """The resources of each node that is alive and will stay."""
     import ray
 
     leaving = draining_nodes()
-    total: dict[str, float] = {}
-    for node in ray.nodes():
-        if node["Alive"] and node["NodeID"] not in leaving:
-            for name, amount in node["Resources"].items():
-                total[name] = total.get(name, 0) + amount
-    return total
+    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
 
 
 def draining_nodes() -> set[str]:

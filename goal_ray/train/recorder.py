@@ -112,7 +112,7 @@ class RunRecorder:
     """Writes a run's metrics (JSONL and the loggers), its cost and its quarantine, and moves its progress line.
 
     seconds  wall time of the run up to the last record, earlier calls included
-    bad      every unusable sample met, by `bad_sample`
+    bad      every unusable sample met in this call, by `bad_sample`; those of earlier calls may have been mended
     workers  how many are at work now
     prometheus  the run's metrics, for who has more to count
     """
@@ -125,7 +125,8 @@ class RunRecorder:
         self.since = began
         self.workers = 0
         self.cost = Cost.read(run_dir)
-        self.bad = {bad_sample(record): record for record in read_records(run_dir / QUARANTINE_FILE)}
+        self.bad: dict[tuple[str, str], dict[str, str]] = {}
+        self.listed = {bad_sample(record) for record in read_records(run_dir / QUARANTINE_FILE)}
         self.metrics: TextIO | None = None
 
     def __enter__(self) -> "RunRecorder":
@@ -204,10 +205,12 @@ class RunRecorder:
         self.prometheus.refresh()
 
     def quarantine(self, records: list[dict[str, str]]) -> None:
-        """Appends samples that were not met before to the run's quarantine."""
-        new = {bad_sample(record): record for record in records if bad_sample(record) not in self.bad}
+        """Takes unusable samples; those that the run's quarantine does not list yet are appended to it."""
+        met = {bad_sample(record): record for record in records}
+        self.bad |= met
+        new = {sample: record for sample, record in met.items() if sample not in self.listed}
         append_records(self.run_dir / QUARANTINE_FILE, new.values())
-        self.bad |= new
+        self.listed |= new.keys()
         for record in new.values():
             self.prometheus.count("quarantined")
             sample = {name: record[name] for name in ("shard", "key", "reason")}
@@ -222,7 +225,8 @@ def bad_sample(record: dict[str, str]) -> tuple[str, str]:
 def keep_steps(path: Path, last_step: int) -> list[dict[str, Any]]:
     """Drops log lines beyond a step, which will be logged again, and returns the others."""
     kept = [record for record in read_records(path) if record["step"] <= last_step]
-    write_bytes(str(path), "".join(json.dumps(record) + "\n" for record in kept).encode())
+    if path.exists():
+        write_bytes(str(path), "".join(json.dumps(record) + "\n" for record in kept).encode())
     return kept
 
 

@@ -16,42 +16,52 @@ from typing import Any
 
 from goal_ray.bad_samples import describe_bad
 from goal_ray.checkpoints import (
+    CHUNK_BYTES,
     OPTIMIZER_FILE,
     STATE_FILE,
     checkpoint_folders,
+    file_mark,
     find_damage,
     newest_intact,
     prune_checkpoints,
     remove_partial,
+    saved_log,
     step_of,
 )
 from goal_ray.config import load_config, to_tree, to_yaml
+from goal_ray.cores import usable_cores
 from goal_ray.errors import ConfigError, StageError
+from goal_ray.jsonl import read_records
 from goal_ray.order import BatchOrder
 from goal_ray.ray_session import is_joined, keep_ray_data_here, quiet_ray_data, ray_session
 from goal_ray.run_folder import (
     CONFIG_FILE,
+    HISTORY_FILE,
     MODEL_FOLDER,
+    RESULT_FILE,
     SHARDS_FILE,
     best_checkpoint,
     read_result,
     write_result,
 )
+from goal_ray.settings import OPEN_CLIP_CONFIG
 from goal_ray.shard_urls import expand_shards, shard_name
-from goal_ray.storage import write_bytes
-from goal_ray.train.attempts import Attempts
+from goal_ray.storage import open_atomic, remove_abandoned, write_bytes
+from goal_ray.train.attempts import Attempts, Ending
 from goal_ray.train.config import TrainConfig
 from goal_ray.train.cost import Cost
+from goal_ray.train.driver_lock import DriverLock, driver_lock
 from goal_ray.train.evaluation import Evaluations
 from goal_ray.train.loggers import open_loggers
 from goal_ray.train.metrics import Metrics
-from goal_ray.train.places import cluster_resources, lacking, most_workers
+from goal_ray.train.places import cluster_resources, lacking, most_workers, node_resources
 from goal_ray.train.recorder import ProgressLine, RunRecorder
-from goal_ray.train.scan import scan_shards
+from goal_ray.train.scan import scan_shard, scan_shards
 
 RESUMABLE_CHANGES = {
     "data.shards",  # moved, that is: names and counts are compared
     "data.max_bad_share",
+    "optimizer.lr",
     "workers",
     "worker_resources",
     "batch_per_worker",
@@ -72,11 +82,14 @@ RESUMABLE_CHANGES = {
     "max_failures",
     "log_every",
     "wandb",
+    "evaluation.metric",
     "evaluation.cpus",
     "evaluation.gpus",
     "evaluation.patience",
     "storage_path",
 }
+# Results on other samples, or with other pairs, are no points of the same curve.
+RESUMABLE_BEFORE_EVALUATIONS = {"evaluation.shards", "evaluation.pairs"}
 
 
 @dataclass(frozen=True)
@@ -121,8 +134,7 @@ def train(config: TrainConfig, resume: bool | None = False) -> TrainResult:
     )
     # By name alone: the order of the samples must not depend on where the tars lie.
     urls = tuple(sorted(expand_shards(config.data.shards), key=shard_name))
-    if config.evaluation.shards is not None:
-        expand_shards(config.evaluation.shards)
+    held_out_urls = [] if config.evaluation.shards is None else expand_shards(config.evaluation.shards)
     run_dir = Path(config.storage_path).absolute() / config.name
     resume = (run_dir / CONFIG_FILE).exists() if resume is None else resume
     check_run(run_dir, config, resume)
@@ -133,36 +145,45 @@ def train(config: TrainConfig, resume: bool | None = False) -> TrainResult:
         from goal_ray.weights import check_model  # here: it takes seconds to import
 
         check_model(config.model, "model")
+    if held_out_urls:
+        check_held_out(held_out_urls[0], config.evaluation.pairs)
     check_room(run_dir)
-    busy_cpus = config.max_workers + (config.evaluation.cpus if held_out else 0)
-    with ProgressLine(config.name) as line:
+    workers = max(config.min_workers, min(config.max_workers, usable_cores()))
+    busy_cpus = workers + (config.evaluation.cpus if held_out else 0)
+    with ProgressLine(config.name) as line, driver_lock(run_dir, line.say) as lock:
         resume_from = newest_intact(run_dir, line.say) if resume else None
         remove_partial(run_dir)
         line.show("starting Ray")
         try:
             # In this order: Ray sets a handler of its own.
             with ray_session(busy_cpus), interruption(line.say) as interrupted:
-                train_on_cluster(config, urls, run_dir, resume_from, line, interrupted, began)
+                train_on_cluster(config, urls, run_dir, resume_from, line, interrupted, lock, began)
         except OSError as error:
+            again = "go on with --resume" if os.path.exists(run_dir / CONFIG_FILE) else "start it again"
             raise StageError(
-                f"{type(error).__name__}: {error}; run folder: {run_dir}; mend it, then go on with --resume"
+                f"{type(error).__name__}: {error}; run folder: {run_dir}; mend it, then {again}"
             ) from error
     return finished_run(run_dir)
 
 
 def is_complete(run_dir: Path, config: TrainConfig) -> bool:
-    """Whether a run has ended, was asked for nothing else since, and its checkpoint is whole."""
-    if not read_result(run_dir) or load_config(TrainConfig, run_dir / CONFIG_FILE) != config:
+    """Whether a run has ended, was asked for nothing else since, and its best checkpoint is there and whole."""
+    result = read_result(run_dir)
+    if not result or load_config(TrainConfig, run_dir / CONFIG_FILE) != config:
         return False
-    return find_damage(best_checkpoint(run_dir)) is None
+    best = best_checkpoint(run_dir)
+    return find_damage(best) is None and result.get("best_step") in (None, step_of(best))
 
 
 def finished_run(run_dir: Path) -> TrainResult:
-    """What a run has come to, its model exported."""
-    result = read_result(run_dir)
-    model_dir = export_model(best_checkpoint(run_dir), run_dir / MODEL_FOLDER)
-    cost = Cost.read(run_dir).line()
-    return TrainResult(run_dir, model_dir, result["steps"], result["seconds"], cost, result.get("best_step"))
+    """What a run has come to, its model exported. Raises StageError where that model is damaged."""
+    result, checkpoint = read_result(run_dir), best_checkpoint(run_dir)
+    damage = find_damage(checkpoint, model_only=True)
+    if damage is not None:
+        raise StageError(f"{checkpoint} is damaged ({damage}); delete it, then go on with --resume")
+    model_dir = export_model(checkpoint, run_dir / MODEL_FOLDER)
+    best_step = None if result.get("best_step") is None else step_of(checkpoint)
+    return TrainResult(run_dir, model_dir, result["steps"], result["seconds"], Cost.read(run_dir).line(), best_step)
 
 
 def train_on_cluster(
@@ -172,9 +193,13 @@ def train_on_cluster(
     resume_from: Path | None,
     line: ProgressLine,
     interrupted: threading.Event,
+    lock: DriverLock,
     began: float,
 ) -> None:
-    """Scans, trains and evaluates in a Ray session, and stores the result; a run that has one stays as it is."""
+    """Scans, trains and evaluates in a Ray session, and stores the result.
+
+    A run that came to its end, or ran out of patience and still would, is only evaluated.
+    """
     if is_joined():
         quiet_ray_data(preserve_order=True)
         keep_ray_data_here()
@@ -187,19 +212,18 @@ def train_on_cluster(
     first_step = 0 if resume_from is None else step_of(resume_from)
     use_gpu = choose_gpu(config)
     check_backend(config, use_gpu)
-    check_evaluation(config, use_gpu)
+    check_evaluation(config, use_gpu, line.say)
     line.begin(first_step, total_steps)
     if resume_from is None and config.model.weights is None and not Path(config.model.name).is_dir():
         line.say("model.weights is empty: the model starts from random weights")
+    if config.batch_per_worker == 1:
+        line.say("batch_per_worker is 1: an unreadable sample leaves a micro-batch empty, which ends the run")
     if total_steps <= config.optimizer.warmup_steps:
         line.say(
             f"the learning rate rises to the end: {total_steps} steps are not more than "
             f"optimizer.warmup_steps={config.optimizer.warmup_steps}; lower that"
         )
     write_run(run_dir, config, {shard_name(url): count for url, count in zip(urls, counts, strict=True)})
-    before = read_result(run_dir)
-    if before and (first_step == total_steps or before.get("ending") == "early"):
-        return
     with RunRecorder(run_dir, line, open_loggers(run_dir, config), Metrics(str(run_dir)), began) as recorder:
         recorder.quarantine(bad)
         evaluations = Evaluations(run_dir, config.evaluation, recorder.evaluated, line.say)
@@ -213,16 +237,20 @@ def train_on_cluster(
             "bad_allowed": most_bad - len(bad),
             "total_steps": total_steps,
         }
-        attempts = Attempts(config, job, most_bad, use_gpu, recorder, evaluations, interrupted)
-        ending = attempts.run(resume_from) if first_step < total_steps else "finished"
+        if resume_from is not None and (first_step == total_steps or evaluations.out_of_patience):
+            recorder.rewind(first_step, saved_log(resume_from))
+            ending: Ending = "finished" if first_step == total_steps else "early"
+        else:
+            attempts = Attempts(config, job, most_bad, use_gpu, recorder, evaluations, interrupted, lock)
+            ending = attempts.run(resume_from)
         step = step_of(checkpoint_folders(run_dir)[-1])
         if ending == "interrupted":
             raise StageError(f"interrupted after step {step} of {total_steps}, which is saved; go on with --resume")
         check_share(list(recorder.bad.values()), samples, config.data.max_bad_share)
         if config.evaluation.shards is not None:
             line.show("evaluating")
-        if not evaluations.finish(line.tick, interrupted.is_set):
-            raise StageError(f"interrupted before all {len(evaluations.needed)} evaluations; go on with --resume")
+        if not evaluations.finish(line.tick, interrupted.is_set, config.wait_for_nodes_s):
+            raise StageError(f"interrupted before all {evaluations.left} evaluations; go on with --resume")
         prune_checkpoints(run_dir, config.keep_checkpoints, evaluations.needed)
         recorder.count_time()
         write_result(run_dir, step, recorder.seconds, ending, evaluations.best)
@@ -283,10 +311,11 @@ def check_run(run_dir: Path, config: TrainConfig, resume: bool) -> None:
         raise StageError(f"{run_dir} holds no run to go on with; leave out --resume, or mend storage_path and name")
     old = load_config(TrainConfig, stored)
     before, now = flatten(to_tree(old)), flatten(to_tree(config))
+    resumable = RESUMABLE_CHANGES | (set() if read_records(run_dir / HISTORY_FILE) else RESUMABLE_BEFORE_EVALUATIONS)
     changed = [
         f"{key}={now.get(key)}, it was {before.get(key)}"
         for key in sorted({*before, *now})
-        if before.get(key) != now.get(key) and not {key, key.partition(".")[0]} & RESUMABLE_CHANGES
+        if before.get(key) != now.get(key) and not {key, key.partition(".")[0]} & resumable
     ]
     if old.global_batch != config.global_batch:
         changed.append(f"a global batch of {config.global_batch}, it was {old.global_batch}")
@@ -303,7 +332,10 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def write_run(run_dir: Path, config: TrainConfig, counts: dict[str, int]) -> None:
-    """Stores the run's settings and data. Raises StageError where the data differ from those the run started with."""
+    """Stores the settings and data of a run that starts or goes on, which has no result until it ends.
+
+    Raises StageError where the data differ from those the run started with.
+    """
     shards = run_dir / SHARDS_FILE
     if shards.exists():
         before = json.loads(shards.read_text(encoding="utf-8"))
@@ -317,6 +349,8 @@ def write_run(run_dir: Path, config: TrainConfig, counts: dict[str, int]) -> Non
                 "the same data, or start anew"
             )
     run_dir.mkdir(parents=True, exist_ok=True)
+    # Before the settings: an earlier call's result beside those of this one would tell that the run is complete.
+    (run_dir / RESULT_FILE).unlink(missing_ok=True)
     write_bytes(str(shards), json.dumps(counts, indent=0).encode())
     write_bytes(str(run_dir / CONFIG_FILE), to_yaml(config).encode())
 
@@ -325,8 +359,8 @@ def check_share(bad: list[dict[str, str]], samples: int, max_bad_share: float) -
     """Raises StageError when too many of the samples are unusable to go on quietly."""
     if len(bad) > max_bad_share * samples:
         raise StageError(
-            f"{len(bad)} of {samples} samples are unusable, more than data.max_bad_share={max_bad_share}; "
-            f"the first: {describe_bad(bad[0])}"
+            f"{len(bad)} of {samples} samples are unusable, more than data.max_bad_share={max_bad_share}; mend them, "
+            f"or raise that; the first: {describe_bad(bad[0])}"
         )
 
 
@@ -351,10 +385,32 @@ def check_backend(config: TrainConfig, use_gpu: bool) -> None:
         raise ConfigError(f"loss.tsl_backend: {error}") from None
 
 
-def check_evaluation(config: TrainConfig, use_gpu: bool) -> None:
-    """Raises StageError where a private cluster lacks what an evaluation needs beside the workers: it would wait."""
+def check_held_out(url: str, pairs: int) -> None:
+    """Raises StageError for a held-out tar without a sample that can be evaluated: the first evaluation comes late."""
+    index = scan_shard(url, needs_pairs=pairs > 0)
+    if index.bad and not len(index):
+        remedy = ", or set evaluation.pairs=0" if pairs else ""
+        raise StageError(
+            f"evaluation.shards: none of the {len(index.bad)} samples of {url} can be evaluated; mend them{remedy}; "
+            f"the first: {describe_bad(index.bad[0])}"
+        )
+
+
+def check_evaluation(config: TrainConfig, use_gpu: bool, say: Callable[[str], None]) -> None:
+    """Raises StageError where a private cluster lacks what an evaluation needs beside the workers: it would wait.
+
+    A cluster that was joined may grow, so there it is only said where no node suffices.
+    """
     wanted = config.evaluation
-    if wanted.shards is None or is_joined():  # a cluster that was joined may grow
+    if wanted.shards is None:
+        return
+    if is_joined():
+        nodes = node_resources()
+        if not any(all(node.get(name, 0) >= amount for name, amount in wanted.bundle.items()) for node in nodes):
+            say(
+                f"no node has the {wanted.needs} that an evaluation needs: evaluations wait for the cluster to grow; "
+                "should it not, lower evaluation.cpus or evaluation.gpus"
+            )
         return
     there = cluster_resources()
     cpus, gpus = there.get("CPU", 0), there.get("GPU", 0)
@@ -368,9 +424,16 @@ def check_evaluation(config: TrainConfig, use_gpu: bool) -> None:
 
 
 def export_model(checkpoint: Path, target: Path) -> Path:
-    """Copies a checkpoint's open_clip files to a folder that plain open_clip loads as `local-dir:`."""
-    target.mkdir(parents=True, exist_ok=True)
-    for path in checkpoint.iterdir():
-        if path.name not in (OPTIMIZER_FILE, STATE_FILE):
-            shutil.copyfile(path, target / path.name)
+    """Copies a checkpoint's open_clip files to a folder that plain open_clip loads as `local-dir:`.
+
+    Each appears complete, in place of one that may be in use; those that are there already are not touched.
+    """
+    remove_abandoned(str(target))
+    files = {path.name: path for path in checkpoint.iterdir() if path.name not in (OPTIMIZER_FILE, STATE_FILE)}
+    # Weights first: where there is a config, open_clip reads both.
+    for name in sorted(files, key=lambda name: (name == OPEN_CLIP_CONFIG, name)):
+        source, copied = files[name], target / name
+        if not copied.exists() or file_mark(copied) != file_mark(source):
+            with source.open("rb") as data, open_atomic(str(copied)) as file:
+                shutil.copyfileobj(data, file, CHUNK_BYTES)
     return target

@@ -4,10 +4,12 @@ import os
 import threading
 from typing import Any
 
+from goal_ray.train.driver_lock import DriverLock
+
 POLL_S = 0.5
 
 
-def worker_entry(job_fields: dict[str, Any], mailbox: Any, use_gpu: bool) -> None:
+def worker_entry(job_fields: dict[str, Any], mailbox: Any, use_gpu: bool, lock: DriverLock) -> None:
     """Joins the process group to DeepSpeed and runs the loop; what it sends goes into the mailbox."""
     import logging
     import warnings
@@ -44,7 +46,7 @@ def worker_entry(job_fields: dict[str, Any], mailbox: Any, use_gpu: bool) -> Non
     sent: list[Any] = []
 
     def send(record: dict[str, Any]) -> None:
-        if rank == 0 or "bad" in record or "node" in record:
+        if is_sent(record, rank):
             sent[:] = [mailbox.put.remote(record)]
 
     wish, done = threading.Event(), threading.Event()
@@ -52,11 +54,17 @@ def worker_entry(job_fields: dict[str, Any], mailbox: Any, use_gpu: bool) -> Non
         threading.Thread(target=watch, args=(mailbox, wish, done), name="watch", daemon=True).start()
     send({"node": ray.get_runtime_context().get_node_id()})
     try:
+        lock.check_seen()
         job = Job(**job_fields, send=send, stopping=wish.is_set)
         train_worker(job, rank, context.get_world_size(), device)
     finally:
         done.set()
         ray.get(sent)  # records arrive in order, so all are there when the last is
+
+
+def is_sent(record: dict[str, Any], rank: int) -> bool:
+    """Whether the driver gets a rank's record: all of the first's; of the others' what they may be alone to tell."""
+    return rank == 0 or bool({"bad", "node", "nonfinite"} & record.keys())
 
 
 def watch(mailbox: Any, wish: threading.Event, done: threading.Event) -> None:

@@ -32,7 +32,8 @@ def tsl_eager(
 ) -> TslResult:
     """Arguments as in `tsl_loss`, which has checked them. Cells outside a box are read at weight 0: NaN spreads."""
     dtype = accumulation_dtype(tokens_BND)
-    weights_MN, is_empty_M = cell_weights(boxes_M4.detach(), grid, mode)
+    boxes_M4 = boxes_M4.detach().to(torch.promote_types(boxes_M4.dtype, dtype))
+    weights_MN, is_empty_M = cell_weights(boxes_M4, grid, mode)
     pooled_MD = pool_boxes(tokens_BND.to(dtype), weights_MN.to(dtype), sample_index_M, first_token)
     return compare(pooled_MD, is_empty_M, ln_weight_D, ln_bias_D, proj_DE, target_ME, eps, projection_dtype(tokens_BND))
 
@@ -47,10 +48,10 @@ def cell_weights(boxes_M4: Tensor, grid: tuple[int, int], mode: Mode) -> tuple[T
     x0_M, y0_M, x1_M, y1_M = boxes_M4.to(torch.promote_types(boxes_M4.dtype, torch.float32)).unbind(1)
     across_MW = axis_overlap(x0_M, x1_M, width)
     down_MH = axis_overlap(y0_M, y1_M, height)
-    if mode == "touch":
-        across_MW, down_MH = across_MW.sign(), down_MH.sign()
+    if mode == "touch":  # sign() would take NaN for 0
+        across_MW, down_MH = (torch.where(each > 0, 1, each) for each in (across_MW, down_MH))
     across_M1, down_M1 = across_MW.sum(1, keepdim=True), down_MH.sum(1, keepdim=True)
-    is_empty_M1 = (across_M1 <= 0) | (down_M1 <= 0)
+    is_empty_M1 = torch.minimum(across_M1, down_M1) <= 0  # a minimum with NaN is NaN
     across_MW = across_MW / torch.where(is_empty_M1, 1, across_M1)
     down_MH = down_MH / torch.where(is_empty_M1, 1, down_M1)
     return (down_MH[:, :, None] * across_MW[:, None, :]).flatten(1), is_empty_M1.squeeze(1)

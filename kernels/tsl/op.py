@@ -59,8 +59,8 @@ def tsl_loss(
     first_token       rows of tokens_BND before the grid's first cell, N - H·W: 1 behind a CLS token
     backend           auto takes triton on a GPU, where Triton is installed, else eager
 
-    Arithmetic is float32, or float64 for float64 tokens, also under autocast; for bfloat16 tokens the projection alone
-    multiplies bfloat16, but for the reference. Gradients flow to tokens, LayerNorm,
+    Arithmetic is float32, or float64 for float64 tokens, whatever the boxes' dtype, also under autocast; for bfloat16
+    tokens the projection alone multiplies bfloat16, but for the reference. Gradients flow to tokens, LayerNorm,
     projection and target. Raises ValueError on wrong shapes, dtypes or settings, and, for boxes on the CPU outside of
     torch.compile, on an index out of range and on non-finite boxes; elsewhere reading those values would stall the
     device: a NaN box then gives a NaN loss.

@@ -1,5 +1,6 @@
 """The definition of the token-similarity loss: one region and one cell at a time. Slow; every backend must agree."""
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -81,9 +82,14 @@ def tsl_reference(
 def pool_cells(
     tokens_ND: Tensor, box: tuple[float, float, float, float], grid: tuple[int, int], mode: Mode
 ) -> Tensor | None:
-    """Weighted mean (D,) of the cells that the box (x0, y0, x1, y1) overlaps; None where it overlaps none."""
+    """Weighted mean (D,) of the cells that the box (x0, y0, x1, y1) overlaps; None where it overlaps none.
+
+    NaN for a NaN box.
+    """
     height, width = grid
     x0, y0, x1, y1 = box
+    if any(map(math.isnan, box)):
+        return tokens_ND.sum(0) * math.nan
     sum_D = tokens_ND.new_zeros(tokens_ND.shape[1])
     sum_of_weights = 0.0
     for y in range(height):

@@ -28,7 +28,7 @@ def tsl_triton(
     first_token: int,
 ) -> TslResult:
     """Arguments as in `tsl_loss`, which has checked them."""
-    boxes_M4 = boxes_M4.to(torch.promote_types(boxes_M4.dtype, torch.float32))
+    boxes_M4 = boxes_M4.to(torch.promote_types(boxes_M4.dtype, accumulation_dtype(tokens_BND)))
     dtype = projection_dtype(tokens_BND) if proj_DE is not None else accumulation_dtype(tokens_BND)
     feature_MD, _, _, is_empty_M = pool_op(
         tokens_BND, boxes_M4, sample_index_M, grid, first_token, ln_weight_D, ln_bias_D, mode == "touch", eps, dtype

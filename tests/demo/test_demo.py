@@ -3,14 +3,15 @@
 import io
 import json
 import shutil
-from contextlib import redirect_stderr
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 
 import pytest
 import yaml
 
 from goal_ray.demo import run as demo
-from goal_ray.scenes.run import SceneSettings
+from goal_ray.errors import StageError
+from goal_ray.scenes.run import SceneSettings, draw_scenes
 
 STEPS = {"max_steps": 2, "batch_per_worker": 4, "checkpoint_every": 2, "log_every": 1}
 
@@ -74,6 +75,18 @@ def test_demo_run_again_trains_nothing_and_gives_the_same_numbers(made):
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert again["models"] == first["models"]
     assert again["lism"] == first["lism"]
+
+
+def test_demo_starts_a_run_whose_folder_a_kill_left_empty(tmp_path, monkeypatch):
+    def starts(*_):
+        raise StageError("it starts")
+
+    monkeypatch.setattr("goal_ray.train.run.ray_session", lambda _: nullcontext())
+    monkeypatch.setattr("goal_ray.train.run.train_on_cluster", starts)
+    draw_scenes(str(tmp_path / "scenes"), 2, 0, SceneSettings(size=48))
+    (tmp_path / "runs" / "start").mkdir(parents=True)
+    with pytest.raises(StageError, match="it starts"):
+        demo.fit("start.yaml", tmp_path, 0, str(tmp_path / "scenes"), str(demo.HERE / "demo_clip.json"))
 
 
 def test_demo_writes_a_report_of_its_runs(made):

@@ -7,7 +7,19 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tsl_cases import BACKENDS, DEVICE, FAST_BACKENDS, FLOATS, INPUTS, MODES, assert_same, random_case, run, with_boxes
+from tsl_cases import (
+    BACKENDS,
+    DEVICE,
+    FAST_BACKENDS,
+    FLOATS,
+    INPUTS,
+    MODES,
+    assert_same,
+    random_case,
+    run,
+    unchecked,
+    with_boxes,
+)
 
 from kernels.tsl import tsl_loss
 
@@ -172,6 +184,39 @@ def test_nothing_but_empty_boxes_gives_zero_loss_and_zero_gradients(backend, reg
         assert (gradient == 0).all()
 
 
+# On a device nothing checks the values: NaN must not pass for a number, and infinity is beyond the border.
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("side", range(4))
+@pytest.mark.parametrize("box", [(1.0, 1.0, 2.0, 3.0), EMPTY_BOXES[0], EMPTY_BOXES[2], EMPTY_BOXES[3], EMPTY_BOXES[4]])
+def test_a_nan_box_shows_also_where_its_other_sides_leave_it_empty(backend, mode, side, box):
+    case = with_boxes(random_case(26, dtype=torch.float32), (0.5, 0.5, 3.0, 3.0), box, EMPTY_BOXES[1])
+    case["boxes_M4"][1, side] = math.nan
+    result = unchecked(case, backend, mode=mode)
+    assert result.loss.isnan()
+    assert result.cosine_M.isnan().tolist() == [False, True, False]
+    assert result.count.item() == 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("side", range(4))
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_an_infinite_box_is_clipped(backend, mode, side, value):
+    case = with_boxes(random_case(26, dtype=torch.float32), (0.5, 0.5, 3.0, 3.0), (1.0, 1.0, 2.0, 3.0))
+    case["boxes_M4"][1, side] = value
+    clipped = {**case, "boxes_M4": case["boxes_M4"].clamp(-1e6, 1e6)}
+    found, expected = (unchecked(each, backend, mode=mode) for each in (case, clipped))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_float32_boxes_of_float64_tokens_are_weighed_in_float64(backend):
+    case = random_case(36)
+    case["boxes_M4"] = case["boxes_M4"].float()
+    assert_same(case, backend)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_boxes_take_no_part_in_the_mean(backend):
     case = random_case(4)
@@ -296,8 +341,15 @@ def test_a_text_span_is_a_box_on_a_one_row_grid(backend):
         torch.testing.assert_close(result.cosine_M, F.cosine_similarity(feature, case["target_ME"]))
 
 
+@pytest.fixture
+def no_graphs_yet():
+    """Dynamo computes uncompiled what it has compiled for eight kinds of arguments."""
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.usefixtures("no_graphs_yet")
 def test_a_backend_compiles_to_one_graph_with_the_same_gradients(backend, mode):
     case = random_case(15, dtype=torch.float32)
     leaves = {name: case[name].requires_grad_() for name in INPUTS}
@@ -310,7 +362,19 @@ def test_a_backend_compiles_to_one_graph_with_the_same_gradients(backend, mode):
     )
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.usefixtures("no_graphs_yet")
+def test_a_nan_box_shows_in_a_compiled_graph_too(backend, mode):
+    case = with_boxes(random_case(26, dtype=torch.float32), (math.nan, 0.5, 3.0, 3.0), (0.5, 9.0, math.nan, 9.5))
+    compiled = torch.compile(tsl_loss, fullgraph=True, backend="aot_eager")
+    result = compiled(**case, mode=mode, backend=backend)
+    assert result.cosine_M.isnan().tolist() == [True, True]
+    assert result.loss.isnan()
+
+
 @pytest.mark.parametrize("tsl_backend", FAST_BACKENDS)
+@pytest.mark.usefixtures("no_graphs_yet")
 def test_changing_numbers_of_regions_compile_once(tsl_backend):
     graphs = []
 

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from goal_ray.errors import StageError
+from goal_ray.jsonl import read_records
 from goal_ray.metric_names import by_dotted_name
 from goal_ray.run_folder import HISTORY_FILE
 from goal_ray.train.config import EvaluationConfig
@@ -34,6 +36,16 @@ def test_the_best_rank_is_the_lowest(tmp_path):
 
 def test_a_best_checkpoint_that_is_gone_is_not_the_best(tmp_path):
     assert evaluations(tmp_path, {2: 10.0, 4: 30.0, 6: 20.0}, there=[2, 6]).best == 6
+
+
+def test_results_beyond_the_newest_checkpoint_are_those_of_steps_that_come_again(tmp_path):
+    found = evaluations(tmp_path, {2: 10.0, 4: 30.0, 6: 50.0}, there=[2, 4])
+    assert found.best == 4
+    found.add(6)  # trained again, with a lower learning rate
+    assert found.waiting == 6
+    found.record(6, {"text_to_image": {"R@1": 20.0}, "image_to_text": {"R@1": 20.0}})
+    assert [record["step"] for record in read_records(tmp_path / HISTORY_FILE)] == [2, 4, 6]
+    assert found.values == {2: 10.0, 4: 30.0, 6: 20.0}
 
 
 def test_of_the_checkpoints_that_nobody_evaluated_yet_the_newest_waits_and_stays(tmp_path):
@@ -75,6 +87,38 @@ def test_a_metric_that_the_held_out_set_is_too_small_for_costs_no_run(tmp_path):
     again = Evaluations(tmp_path, found.config, lambda *_: None, lambda _: None)
     assert again.values == {2: 10.0}
     assert again.best == 2
+
+
+def test_what_is_left_to_do_is_what_waits_and_what_runs_not_the_best(tmp_path):
+    found = evaluations(tmp_path, {2: 10.0}, there=[2, 4])
+    assert found.left == 1
+    found.running = 6, None
+    assert found.left == 2
+    assert not found.finish(lambda: None, lambda: True, 0.0)
+
+
+@pytest.mark.parametrize("has_place", [False, True])
+def test_at_the_end_an_evaluation_without_a_place_is_waited_for_no_longer_than_nodes_are(
+    tmp_path, monkeypatch, has_place
+):
+    found = evaluations(tmp_path, {2: 10.0}, cpus=16, gpus=2)
+    found.running = 4, None
+    polled = []
+
+    def poll(wait_s):
+        polled.append(wait_s)
+        if len(polled) == 3:
+            found.running = None
+
+    monkeypatch.setattr(found, "poll", poll)
+    monkeypatch.setattr(found.place, "found", lambda: [has_place])
+    if has_place:
+        assert found.finish(lambda: None, lambda: False, patience_s=0.0)
+        return
+    with pytest.raises(
+        StageError, match=r"16 CPUs and 2 GPUs free .* step 4 .*evaluation\.cpus or evaluation\.gpus.*--resume"
+    ):
+        found.finish(lambda: None, lambda: False, patience_s=0.0)
 
 
 def test_metrics_have_dotted_names():

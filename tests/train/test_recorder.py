@@ -25,6 +25,20 @@ def test_a_bad_sample_is_one_wherever_its_shard_lies(tmp_path):
     assert len(read_records(tmp_path / "quarantine.jsonl")) == 3
 
 
+def test_samples_that_were_bad_in_an_earlier_call_count_only_when_they_are_met_again(tmp_path):
+    def record(key):
+        return {"shard": "train-0.tar", "key": key, "stage": "decode", "reason": "torn"}
+
+    with ProgressLine("goal") as line, RunRecorder(tmp_path, line, [], Metrics("goal"), 0.0) as recorder:
+        recorder.quarantine([record("a"), record("b")])
+    with ProgressLine("goal") as line, RunRecorder(tmp_path, line, [], Metrics("goal"), 0.0) as recorder:
+        assert not recorder.bad
+        for key in ("b", "b", "c"):
+            recorder.quarantine([record(key)])
+        assert [key for _, key in recorder.bad] == ["b", "c"]
+    assert [each["key"] for each in read_records(tmp_path / "quarantine.jsonl")] == ["a", "b", "c"]
+
+
 def test_log_lines_that_a_dead_driver_had_not_written_come_from_the_checkpoint(tmp_path):
     def message(step):
         of_a_window = {"window_steps": 1, "window_seconds": 1.0, "images": 8, "flops": 1.0, "energy_joules": None}

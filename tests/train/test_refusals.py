@@ -14,9 +14,11 @@ from safetensors.torch import save_file
 
 from goal_ray.config import load_config, to_yaml
 from goal_ray.errors import ConfigError, GoalRayError, ModelError, ShardError, StageError
-from goal_ray.settings import LossConfig, ModelConfig
-from goal_ray.train.config import DataConfig, EvaluationConfig, TrainConfig
-from goal_ray.train.loop import Job, train_worker
+from goal_ray.run_folder import HISTORY_FILE
+from goal_ray.settings import LossConfig, ModelConfig, StepConfig
+from goal_ray.train.config import DataConfig, EvaluationConfig, OptimizerConfig, TrainConfig
+from goal_ray.train.driver_lock import driver_lock
+from goal_ray.train.loop import Job, read_batches, train_worker
 from goal_ray.train.run import check_backend, check_evaluation, check_run, interruption, train
 
 
@@ -61,7 +63,8 @@ def test_an_empty_folder_is_refused(config, tmp_path):
         ("zero_stage=4", "zero_stage"),
         ("seed=-1", "seed must not be negative"),
         ("optimizer.betas=[1.0,0.98]", r"betas must be in \[0, 1\)"),
-        ("optimizer.eps=-1", "eps must be a number"),
+        ("optimizer.eps=-1", "eps must be a positive number"),
+        ("optimizer.eps=0", "eps must be a positive number"),
         ("optimizer.weight_decay=.nan", "weight_decay must be a number"),
         ("optimizer.clip_norm=.inf", "clip_norm must be a number"),
         ("name=a/b", "name is one folder name"),
@@ -107,6 +110,32 @@ def test_a_place_where_no_run_folder_can_be_made_is_refused_by_its_key(config, t
 def test_a_run_that_saved_nothing_may_go_on_with_other_settings(config, started):
     shutil.rmtree(started / "checkpoints")
     check_run(started, replace(config, seed=7), resume=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": OptimizerConfig(lr=1e-7)},
+        {"chunk": 2},
+        {"batch_per_worker": 2, "accumulate": 2},
+        {"step": StepConfig(checkpoint_activations=True), "zero_stage": 2, "offload": "optimizer"},
+        {"data": {"max_bad_share": 0.5}},
+        {"evaluation": {"metric": "image_to_text.mAP"}},
+    ],
+)
+def test_what_errors_name_as_remedies_may_change_when_a_run_goes_on(config, started, changes):
+    sections = {
+        key: replace(getattr(config, key), **value) for key, value in changes.items() if isinstance(value, dict)
+    }
+    check_run(started, replace(config, **(changes | sections)), resume=True)
+
+
+def test_held_out_shards_and_pairs_may_change_until_something_is_evaluated(config, started):
+    wanted = replace(config, evaluation=EvaluationConfig(config.data.shards, pairs=1))
+    check_run(started, wanted, resume=True)
+    (started / HISTORY_FILE).write_text('{"step": 2, "text_to_image.R@1": 1.0}\n')
+    with pytest.raises(StageError, match=r"evaluation\.pairs=1, it was 0; evaluation\.shards=.*, it was None"):
+        check_run(started, wanted, resume=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -225,10 +254,58 @@ def test_an_evaluation_that_no_node_has_room_for_is_refused_before_the_training(
 def test_an_evaluation_may_not_count_on_the_gpus_that_the_workers_take(config, monkeypatch, workers):
     monkeypatch.setattr("goal_ray.train.run.cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
     wanted = replace(config, evaluation=EvaluationConfig(config.data.shards, gpus=1), batch_per_worker=2)
-    check_evaluation(replace(wanted, workers=1), use_gpu=True)
-    check_evaluation(replace(wanted, workers=workers), use_gpu=False)
+    check_evaluation(replace(wanted, workers=1), True, print)
+    check_evaluation(replace(wanted, workers=workers), False, print)
     with pytest.raises(StageError, match=r"needs 1 CPUs and 1 GPUs, and there are 8 and, beside the workers', 0"):
-        check_evaluation(replace(wanted, workers=workers), use_gpu=True)
+        check_evaluation(replace(wanted, workers=workers), True, print)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "told"), [([], True), ([{"CPU": 8}, {"CPU": 64, "GPU": 1}], True), ([{"CPU": 16}], False)]
+)
+def test_on_a_cluster_that_may_grow_an_evaluation_that_no_node_holds_is_told(config, monkeypatch, nodes, told):
+    monkeypatch.setattr("goal_ray.train.run.is_joined", lambda: True)
+    monkeypatch.setattr("goal_ray.train.run.node_resources", lambda: nodes)
+    said = []
+    wanted = EvaluationConfig(config.data.shards, cpus=16, gpus=2 if len(nodes) == 2 else 0)
+    check_evaluation(replace(config, evaluation=wanted), True, said.append)
+    assert bool(said) == told
+    for text in said:
+        assert "wait for the cluster to grow" in text
+        assert "lower evaluation.cpus or evaluation.gpus" in text
+
+
+@pytest.mark.parametrize(
+    ("workers", "evaluated", "cpus"),
+    [((1, 16), False, 2), ((1, 16), True, 3), ((4, 16), False, 4), (8, False, 8), (1, True, 2)],
+)
+def test_an_elastic_run_alone_on_a_machine_takes_no_more_workers_than_it_has_cores(
+    config, monkeypatch, workers, evaluated, cpus
+):
+    asked = []
+
+    def session(busy_cpus):
+        asked.append(busy_cpus)
+        raise StageError("seen")
+
+    monkeypatch.setattr("goal_ray.train.run.usable_cores", lambda: 2)
+    monkeypatch.setattr("goal_ray.train.run.ray_session", session)
+    evaluation = EvaluationConfig(config.data.shards if evaluated else None)
+    with pytest.raises(StageError, match="seen"):
+        train(replace(config, workers=workers, evaluation=evaluation))
+    assert asked == [cpus]
+
+
+def test_a_run_that_is_at_work_is_not_gone_on_with_beside_it(config, started, monkeypatch):
+    monkeypatch.setattr("goal_ray.train.run.ray_session", None)
+    written = started / "checkpoints" / ".step-00000004.tmp"
+    written.mkdir()
+    with driver_lock(started, print), pytest.raises(StageError, match=r"in use by another driver .*--resume"):
+        train(config, resume=True)
+    assert written.exists()
+    with pytest.raises(TypeError, match="NoneType"):  # as far as Ray's session, which is none here
+        train(config, resume=True)
+    assert not written.exists()
 
 
 def test_a_tsl_backend_that_the_workers_cannot_run_is_refused_before_any_work(config, monkeypatch):
@@ -248,6 +325,25 @@ def test_unpaired_shards_are_refused_for_a_goal_loss_and_leave_no_run(config, tm
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("packed", "allowed", "message"),
+    [
+        (b"", 9, "a whole micro-batch is unreadable; .*raise batch_per_worker and lower accumulate.*--resume"),
+        (b"batch", 0, r"more than data\.max_bad_share=0.01 allows; mend them, or raise that.*--resume"),
+    ],
+)
+def test_unreadable_samples_end_a_run_with_what_it_may_go_on_with(
+    config, monkeypatch, tmp_path, packed, allowed, message
+):
+    bad = [{"shard": "a.tar", "key": "0", "stage": "decode", "reason": "torn"}]
+    monkeypatch.setattr("goal_ray.train.loop.stream_batches", lambda *_: iter([(packed, bad)]))
+    sent = []
+    job = Job(config, tmp_path, (), (), (), None, allowed, sent.append, bool)
+    with pytest.raises(StageError, match=message):
+        next(read_batches(job, None, 0, 1))
+    assert sent == [{"bad": bad}]
+
+
 def test_a_gpu_that_runs_out_of_memory_says_what_to_change(config, monkeypatch):
     def run_steps(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
@@ -255,6 +351,8 @@ def test_a_gpu_that_runs_out_of_memory_says_what_to_change(config, monkeypatch):
     monkeypatch.setattr("goal_ray.train.loop.run_steps", run_steps)
     job = Job(config, None, (), (), (), None, 0, print, bool)
     with pytest.raises(
-        StageError, match=r"rank 1 \(CUDA out of memory.*2\.00 GiB\.\).*`chunk`.*checkpoint_activations.*--resume"
+        StageError,
+        match=r"rank 1 \(CUDA out of memory.*2\.00 GiB\.\).*`chunk`.*checkpoint_activations.*lower batch_per_worker "
+        r"and raise accumulate.*--resume",
     ):
         train_worker(job, 1, 2, torch.device("cpu"))

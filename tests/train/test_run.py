@@ -284,14 +284,18 @@ def test_resuming_a_finished_run_changes_nothing_and_needs_no_ray(undisturbed, m
 
 
 @pytest.mark.slow
-def test_too_many_unreadable_samples_stop_the_run_with_their_names(undisturbed, tmp_path):
+def test_too_many_unreadable_samples_stop_the_run_with_their_names_until_they_are_mended(undisturbed, tmp_path):
     config, _ = undisturbed
-    data = replace(config.data, max_bad_share=0.0)
-    with pytest.raises(StageError, match=r"samples turned out unreadable.*(0-3|1-5).*ImageError") as caught:
-        train(replace(config, data=data, workers=1, batch_per_worker=37, storage_path=str(tmp_path)))
+    shards = write_shards(tmp_path / "shards", undecodable=UNREADABLE)
+    data = replace(config.data, shards=str(shards), max_bad_share=0.0)
+    config = replace(config, data=data, workers=1, batch_per_worker=37, storage_path=str(tmp_path))
+    with pytest.raises(StageError, match=r"samples turned out unreadable.*(0-3|1-5).*not a JPEG") as caught:
+        train(config)
     assert len(str(caught.value).splitlines()) == 1
+    write_shards(shards)
+    assert train(config, resume=True).steps == config.epochs
     records = read_lines(tmp_path / config.name / "quarantine.jsonl")
-    assert {record["key"] for record in records} == set(UNREADABLE)
+    assert sorted(record["key"] for record in records) == UNREADABLE
 
 
 @pytest.mark.slow

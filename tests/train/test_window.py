@@ -56,7 +56,12 @@ def test_the_first_step_with_a_loss_that_is_not_finite_is_named(micro_batch, val
 
 def test_a_rank_ends_at_a_record_whose_loss_was_not_finite(tmp_path, monkeypatch):
     sent: list[dict] = []
-    monkeypatch.setattr(loop, "write_offenders", lambda *_: tmp_path / "nonfinite.json")
+
+    def write_offenders(*_):
+        assert sent == [{"nonfinite": 4}]  # this takes a while, in which another rank may end all
+        return tmp_path / "nonfinite.json"
+
+    monkeypatch.setattr(loop, "write_offenders", write_offenders)
     job = SimpleNamespace(send=sent.append)
     loop.check_finite(job, {"step": 1, "nonfinite_step": None})
     assert sent == []
