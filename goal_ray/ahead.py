@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from typing import TypeVar
 
-from goal_ray import storage
+from goal_ray import patience
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -19,7 +19,7 @@ def read_ahead(
     Raises what `work` raises when the results before it are taken, and what `items` raises at once.
     """
     waiting: deque[Future[Result]] = deque()
-    with storage.threads(threads) as pool:  # who takes no more need not wait for all that was begun
+    with patience.threads(threads) as pool:  # who takes no more need not wait for all that was begun
         for item in items:
             waiting.append(pool.submit(work, item))
             if len(waiting) > ahead:

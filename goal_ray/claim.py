@@ -3,8 +3,9 @@
 import json
 from typing import Any
 
+from goal_ray.atomic import remove_abandoned, write_bytes
 from goal_ray.errors import StageError
-from goal_ray.storage import exists, join, list_names, read_bytes, remove_abandoned, write_bytes
+from goal_ray.storage import exists, join, list_names, read_bytes
 
 
 def claim_folder(folder: str, file: str, wanted: dict[str, Any]) -> None:

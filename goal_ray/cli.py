@@ -82,7 +82,7 @@ def run_main(main: Callable[[Sequence[str] | None], None], arguments: Sequence[s
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except Exception as error:
-        from goal_ray.storage import is_storage_error  # here: it takes a --help longer to import than to print
+        from goal_ray.patience import is_storage_error
 
         if not is_storage_error(error):
             raise

@@ -14,8 +14,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from goal_ray.atomic import write_bytes
 from goal_ray.checkpoints import checkpoint_folder, checkpoint_folders, resolve_checkpoint
-from goal_ray.storage import write_bytes
 
 CONFIG_FILE = "config.yaml"
 DRIVER_FILE = "driver.json"

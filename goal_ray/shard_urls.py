@@ -7,7 +7,8 @@ from functools import cache, partial
 from braceexpand import braceexpand
 
 from goal_ray.errors import ShardError
-from goal_ray.storage import FEW, exists, file_system, kind, may_pass, patiently
+from goal_ray.patience import may_pass, patiently
+from goal_ray.storage import FEW, exists, file_system, kind
 
 SIGNS = re.compile(r"[*?\[\]{}]")
 

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import pyarrow
 import pyarrow.parquet
 
+from goal_ray.atomic import write_bytes
 from goal_ray.shard_urls import shard_name
-from goal_ray.storage import join, read_bytes, remove, size_bytes, write_bytes
+from goal_ray.storage import join, read_bytes, remove, size_bytes
 from goal_ray.tar_places import MemberPlace, member_places
 
 FOLDER = "index"

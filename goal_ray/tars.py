@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import IO, Literal, Self
 
+from goal_ray.atomic import open_atomic
 from goal_ray.errors import CaptionError, ShardError
-from goal_ray.storage import (
-    open_atomic,
-    open_read,
-)
+from goal_ray.storage import open_read
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 CAPTION_EXTENSION = "txt"

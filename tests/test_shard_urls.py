@@ -2,9 +2,9 @@
 
 import pytest
 
+from goal_ray.atomic import write_bytes
 from goal_ray.errors import ShardError
 from goal_ray.shard_urls import expand_files, expand_shards
-from goal_ray.storage import write_bytes
 
 
 def test_shards_are_found_by_file_folder_glob_and_braces(tmp_path):

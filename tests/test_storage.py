@@ -16,31 +16,29 @@ import fsspec
 import gcsfs.retry
 import pytest
 
-from goal_ray import storage
+from goal_ray import atomic, patience, storage
+from goal_ray.atomic import open_atomic, remove_abandoned, write_bytes
 from goal_ray.errors import ConfigError, ShardError
+from goal_ray.patience import may_pass
 from goal_ray.shard_urls import expand_shards
 from goal_ray.storage import (
     exists,
     file_system,
     kind,
     list_names,
-    may_pass,
-    open_atomic,
     open_read,
     read_all,
     read_bytes,
     read_range,
-    remove_abandoned,
     size_bytes,
     sizes_bytes,
-    write_bytes,
 )
 from goal_ray.tar_places import member_places
 from goal_ray.tars import stream_samples, write_tar
 
 HALF_WRITTEN = """
 import sys
-from goal_ray.storage import open_atomic
+from goal_ray.atomic import open_atomic
 with open_atomic(sys.argv[1]) as file:
     file.write(b"half")
     file.flush()
@@ -84,7 +82,7 @@ def test_a_name_may_be_as_long_as_the_file_system_takes_it(tmp_path, name):
     with open_atomic(str(tmp_path / name)) as file:
         file.write(b"text")
         (temporary,) = os.listdir(tmp_path)
-    assert storage.TEMPORARY.fullmatch(temporary)
+    assert atomic.TEMPORARY.fullmatch(temporary)
     assert os.listdir(tmp_path) == [name]
 
 
@@ -100,7 +98,7 @@ def test_a_file_of_a_storage_without_uploads_appears_when_it_is_complete(memory)
         with open_atomic(f"{memory}/a") as file:
             file.write(content)
             temporary, *visible = list_names(memory)
-            assert storage.TEMPORARY.fullmatch(temporary)
+            assert atomic.TEMPORARY.fullmatch(temporary)
             assert visible == before
         assert list_names(memory) == ["a"]
         assert read_bytes(f"{memory}/a") == content
@@ -148,10 +146,10 @@ def test_what_a_running_process_writes_is_left_alone(half_written, tmp_path):
     assert os.listdir(tmp_path) == ["a.tar"]
 
 
-@pytest.mark.parametrize(("age_s", "left"), [(storage.ABANDONED_S / 2, 1), (storage.ABANDONED_S * 2, 0)])
+@pytest.mark.parametrize(("age_s", "left"), [(atomic.ABANDONED_S / 2, 1), (atomic.ABANDONED_S * 2, 0)])
 @pytest.mark.usefixtures("half_written")
 def test_what_another_machine_wrote_is_removed_when_it_is_old(tmp_path, monkeypatch, age_s, left):
-    monkeypatch.setattr(storage, "process_place", lambda: "0" * 32)
+    monkeypatch.setattr(atomic, "process_place", lambda: "0" * 32)
     (path,) = tmp_path.iterdir()
     then = path.stat().st_mtime - age_s
     os.utime(path, (then, then))
@@ -311,7 +309,7 @@ def test_what_a_server_refuses_does_not_pass(error, passes):
 
 
 def test_patience_ends(s3, s3_server, monkeypatch):
-    monkeypatch.setattr(storage, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.5)
     s3_server.stop()
     try:
         with pytest.raises(Exception, match="connect"):
@@ -339,7 +337,7 @@ def test_what_lasts_is_raised_at_once(error):
         raise error
 
     with pytest.raises(type(error)):
-        storage.patiently(request, "s3://bucket/a")
+        patience.patiently(request, "s3://bucket/a")
     assert len(calls) == 1
 
 
@@ -365,7 +363,7 @@ def test_an_object_that_is_replaced_while_it_is_read_is_an_error_not_half_of_eac
     with open_read(f"{s3}/a") as file:
         file.read(1000)
         write_bytes(f"{s3}/a", b"new" * 40_000_000)
-        with pytest.raises(storage.FileReplaced, match="was replaced while it was read"):
+        with pytest.raises(patience.FileReplaced, match="was replaced while it was read"):
             file.read()
 
 
@@ -422,8 +420,8 @@ def test_threads_that_wait_for_a_failing_storage_give_up_where_their_block_ends(
         failed.set()
         raise ConnectionError("away")
 
-    with storage.threads(1) as pool:
-        waiting = pool.submit(storage.patiently, request, "s3://bucket/a")
+    with patience.threads(1) as pool:
+        waiting = pool.submit(patience.patiently, request, "s3://bucket/a")
         assert failed.wait(60)
     with pytest.raises(ConnectionError, match="away"):
         waiting.result(0)

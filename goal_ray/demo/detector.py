@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torchvision.models import get_model
 
+from goal_ray.atomic import open_atomic
 from goal_ray.cli import parser, run_main
 from goal_ray.demo.accuracy import read_truth
 from goal_ray.images import decode_image
 from goal_ray.progress import Progress
 from goal_ray.shard_urls import expand_shards
-from goal_ray.storage import open_atomic
 from goal_ray.tars import stream_samples
 from goal_ray.train.config import OptimizerConfig
 

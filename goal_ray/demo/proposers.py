@@ -7,13 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from goal_ray.atomic import write_bytes
 from goal_ray.cli import parser, run_main
 from goal_ray.config import load_config
 from goal_ray.demo.accuracy import lism_accuracy
 from goal_ray.lism.config import LismConfig
 from goal_ray.lism.run import run_lism
 from goal_ray.ray_session import ray_session
-from goal_ray.storage import write_bytes
 
 DESCRIPTION = """Compare region proposers with the truth of drawn scenes, matched by one CLIP.
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from goal_ray.atomic import write_bytes
 from goal_ray.config import load_config
 from goal_ray.demo.accuracy import lism_accuracy
 from goal_ray.evaluate.run import evaluate
@@ -19,7 +20,6 @@ from goal_ray.metric_names import DIRECTIONS
 from goal_ray.ray_session import ray_session
 from goal_ray.report.run import write_report
 from goal_ray.scenes.run import SceneSettings, draw_scenes
-from goal_ray.storage import write_bytes
 from goal_ray.train.config import TrainConfig
 from goal_ray.train.run import TrainResult, train
 

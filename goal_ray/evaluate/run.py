@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from goal_ray.atomic import write_bytes
 from goal_ray.bad_samples import describe_bad, most_frequent
 from goal_ray.checkpoints import CHECKPOINTS_FOLDER, refuse_damaged
 from goal_ray.cores import usable_cores
@@ -19,12 +20,13 @@ from goal_ray.errors import ConfigError, ModelError, StageError
 from goal_ray.evaluate.embed import embed_shards
 from goal_ray.metric_names import METRICS, is_rank
 from goal_ray.model import load_model, usable_device
+from goal_ray.patience import patiently
 from goal_ray.precision import Precision
 from goal_ray.retrieval import retrieval_metrics
 from goal_ray.run_folder import EVALUATION_FOLDER, best_checkpoint
 from goal_ray.settings import ModelConfig
 from goal_ray.shard_urls import expand_shards
-from goal_ray.storage import file_system, kind, patiently, write_bytes
+from goal_ray.storage import file_system, kind
 
 SKIPPED_SHOWN = 5
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+from goal_ray.atomic import write_bytes
 from goal_ray.config import to_text
 from goal_ray.errors import ShardError
 from goal_ray.events import say
@@ -15,7 +16,7 @@ from goal_ray.lism.picks import ORDERS, Pick
 from goal_ray.pages.pictures import Picture, draw_picture
 from goal_ray.pages.render import render_page
 from goal_ray.pairs import read_pairs
-from goal_ray.storage import join, write_bytes
+from goal_ray.storage import join
 from goal_ray.tar_places import read_part
 
 GALLERY_FILE = "gallery.html"

@@ -21,23 +21,14 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from goal_ray.atomic import remove_abandoned, write_bytes
 from goal_ray.errors import StageError
 from goal_ray.lism.counts import ShardCounts
 from goal_ray.lism.paired_tar import write_paired_tar
 from goal_ray.lism.work import Work
+from goal_ray.patience import patiently
 from goal_ray.shard_urls import shard_name
-from goal_ray.storage import (
-    exists,
-    join,
-    list_names,
-    open_read,
-    patiently,
-    read_all,
-    read_bytes,
-    remove,
-    remove_abandoned,
-    write_bytes,
-)
+from goal_ray.storage import exists, join, list_names, open_read, read_all, read_bytes, remove
 from goal_ray.tar_index import remove_index, write_index
 from goal_ray.tars import PAIRS_EXTENSION, iter_members, open_tar, read_member
 from goal_ray.timing import measure

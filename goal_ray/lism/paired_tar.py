@@ -7,9 +7,10 @@ from contextlib import suppress
 from copy import copy
 from typing import NamedTuple
 
+from goal_ray.atomic import open_atomic
 from goal_ray.errors import ShardError
 from goal_ray.lism.groups import storable_key
-from goal_ray.storage import open_atomic, open_read
+from goal_ray.storage import open_read
 from goal_ray.tar_places import MemberPlace
 from goal_ray.tars import (
     DAMAGE,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from goal_ray import __version__
+from goal_ray.atomic import write_bytes
 from goal_ray.bad_samples import bad_record, describe_bad
 from goal_ray.config import to_tree, to_yaml
 from goal_ray.errors import StageError
@@ -32,7 +33,7 @@ from goal_ray.ray_session import is_joined, ray_session
 from goal_ray.sentences import split_sentences
 from goal_ray.settings import ModelConfig
 from goal_ray.shard_urls import expand_shards, shard_name
-from goal_ray.storage import join, list_names, read_bytes, resolved, sizes_bytes, write_bytes
+from goal_ray.storage import join, list_names, read_bytes, resolved, sizes_bytes
 
 RESULT_KEYS = ("proposer", "matcher", "language", "min_area", "max_area", "max_side_px")
 LIMIT_KEYS = ("max_pixels", "max_seconds_per_image")  # they only decide what is quarantined

@@ -14,6 +14,7 @@ from goal_ray.config import load_config
 from goal_ray.errors import StageError
 from goal_ray.jsonl import read_records
 from goal_ray.lism.run import SUMMARY_FILE
+from goal_ray.patience import patience
 from goal_ray.run_folder import (
     CONFIG_FILE,
     COST_FILE,
@@ -23,7 +24,7 @@ from goal_ray.run_folder import (
     QUARANTINE_FILE,
     read_result,
 )
-from goal_ray.storage import join, patience, read_bytes
+from goal_ray.storage import join, read_bytes
 from goal_ray.train.config import TrainConfig
 
 

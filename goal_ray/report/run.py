@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from goal_ray.atomic import write_bytes
 from goal_ray.errors import StageError
 from goal_ray.metric_names import METRICS
 from goal_ray.pages.render import render_page
+from goal_ray.patience import patience
 from goal_ray.report.curves import draw_curves, draw_held_out
 from goal_ray.report.gallery import Gallery, draw_gallery
 from goal_ray.report.records import PATIENCE_S, RunRecords, read_lism_summary, read_runs
 from goal_ray.report.tables import cost, kinds_of_reasons, metrics_tables, settings, side_by_side
-from goal_ray.storage import patience, write_bytes
 
 REPORT_FILE = "report.html"
 TEMPLATE = "report/report.html.j2"

@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 from tqdm import tqdm
 
+from goal_ray.atomic import open_atomic, remove_abandoned
 from goal_ray.cli import parser, run_main
 from goal_ray.shard_urls import expand_shards
 from goal_ray.shards.inspect import inspect_shards, print_contents
@@ -17,7 +18,7 @@ from goal_ray.shards.sources.detect import KINDS, SourceSettings
 from goal_ray.shards.sources.lists import CAPTION_COLUMNS, PICTURE_COLUMNS
 from goal_ray.shards.validate import validate_shards
 from goal_ray.shards.workers import map_shards
-from goal_ray.storage import join, open_atomic, remove_abandoned
+from goal_ray.storage import join
 from goal_ray.tar_index import index_url, make_index
 
 COMMANDS = {

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import IO
 
+from goal_ray.atomic import open_atomic, remove_abandoned, write_bytes
 from goal_ray.claim import claim_folder
 from goal_ray.errors import ConfigError, StageError
 from goal_ray.progress import Progress
@@ -27,16 +28,7 @@ from goal_ray.shards.outcomes import Outcome, Place, read_outcomes
 from goal_ray.shards.output import refuse_overlap, shards_called, tar_name
 from goal_ray.shards.sources.candidate import Candidate, Unusable
 from goal_ray.shards.sources.detect import SourceSettings, open_source
-from goal_ray.storage import (
-    exists,
-    join,
-    open_atomic,
-    open_read,
-    read_bytes,
-    remove_abandoned,
-    sizes_bytes,
-    write_bytes,
-)
+from goal_ray.storage import exists, join, open_read, read_bytes, sizes_bytes
 from goal_ray.tars import end_mark, stored_bytes, write_samples
 
 SETTINGS_FILE = "make.json"

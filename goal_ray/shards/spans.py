@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from goal_ray.atomic import open_atomic
 from goal_ray.errors import ShardError
 from goal_ray.shards.keys import short_hashes
-from goal_ray.storage import open_atomic
 from goal_ray.tar_places import reading_headers
 from goal_ray.tars import end_mark, iter_members
 

@@ -82,6 +82,7 @@ class Attempts:
         self.nodes: set[str] = set()
         self.looked_around = 0.0
         self.room_since: float | None = None
+        self.grow_after_s = GROW_AFTER_S
         self.lack = ""
         self.newest_saved = -1
         self.nonfinite = False
@@ -101,10 +102,11 @@ class Attempts:
                 ending = self._attempt(resume_from, workers)
                 if ending not in ("preempted", "resized"):
                     return ending
+                resized = ending == "resized"
                 self._restarting(ending)
                 self.recorder.line.say(f"{ending} after step {self.newest_saved}")
             except Exception as error:
-                own = own_error(error, self.run_dir)
+                own, resized = own_error(error, self.run_dir), False
                 failures = 1 if self.newest_saved > first_step else failures + 1
                 if isinstance(own, GoalRayError) and not isinstance(own, WorkerDied):
                     if self.nonfinite and is_joined():
@@ -121,7 +123,9 @@ class Attempts:
                     f"{first_line(own)}; restart {failures} of {self.config.max_failures} without progress allowed"
                 )
             resume_from = newest_intact(self.run_dir, self.recorder.line.say)
-            workers = self._wait_for_workers()
+            before, workers = workers, self._wait_for_workers()
+            if resized:  # in vain where other work was faster, or no node has what all nodes have together
+                self.grow_after_s = GROW_AFTER_S if workers > before else 2 * self.grow_after_s
             self.recorder.line.say(f"going on with {number_of(workers)}")
 
     def _restarting(self, reason: str) -> None:
@@ -277,7 +281,7 @@ class Attempts:
         self.lack = lack
         if self.room_since is None and any(more.found()):
             self.room_since = now
-        if self.room_since is not None and now - self.room_since > GROW_AFTER_S:
+        if self.room_since is not None and now - self.room_since > self.grow_after_s:
             have = beside_evaluation(self.config, cluster_resources())
             if (most_workers(self.config, self.use_gpu, have) or 0) > workers:
                 return "resized"
@@ -291,19 +295,29 @@ class Attempts:
         end it has not noticed.
         """
         bundle, counts = self.config.worker_bundle(self.use_gpu), self.config.worker_counts
-        # One after the other, or what is wanted beside the fewest could take places that these need. An evaluation that
-        # is not yet begun has its place before those: else the run would take it, and go over to it again and again.
-        fewest, evaluation, others = Demand(), Demand(), Demand()
+        # One that runs has its place; the next one's is left free, or the run would go over to it again and again.
+        evaluation = evaluation_places(self.config) if self.evaluations.running is None else []
+        fewest, beside, others = Demand(), Demand(), Demand()
         try:
             fewest.want([[bundle] * counts[0] + [INGEST]])
             self._wait_for(fewest)
-            if len(counts) > 1 and self.evaluations.running is None:
-                evaluation.want([[each] for each in evaluation_places(self.config)])
-                settled(evaluation)
+            have = beside_evaluation(self.config, cluster_resources())
+            most = most_workers(self.config, self.use_gpu, have) or counts[0]
+            if most > counts[0]:
+                # As one group: Ray then leaves the nodes that suit workers alone to them.
+                fewest.want([[bundle] * most + [INGEST] + evaluation])
+                if all(settled(fewest)):
+                    return most
+                fewest.want([[bundle] * counts[0] + [INGEST]])
+                self._wait_for(fewest)
+            # One after the other, or what is wanted beside the fewest could take places that these need.
+            if len(counts) > 1:
+                beside.want([[each] for each in evaluation])
+                settled(beside)
             others.want([[bundle]] * (counts[-1] - counts[0]))
             found = settled(others)
         finally:
-            for demand in (fewest, evaluation, others):
+            for demand in (fewest, beside, others):
                 demand.want([])
         return max(count for count in counts if count <= counts[0] + sum(found))
 

@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from goal_ray.atomic import write_bytes
 from goal_ray.run_folder import COST_FILE
-from goal_ray.storage import write_bytes
 
 
 @dataclass

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from goal_ray.atomic import is_running, process_place
 from goal_ray.errors import StageError
 from goal_ray.run_folder import DRIVER_FILE
-from goal_ray.storage import is_running, process_place
 
 REFRESH_S = 5.0
 FRESH_S = 30.0

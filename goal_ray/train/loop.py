@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from goal_ray.atomic import write_bytes
 from goal_ray.bad_samples import describe_bad
 from goal_ray.batches import ExampleBuilder
 from goal_ray.checkpoints import step_of
@@ -26,7 +27,6 @@ from goal_ray.precision import Precision, dtype, full_fp32
 from goal_ray.run_folder import QUARANTINE_FILE
 from goal_ray.settings import ModelConfig, ResizeConfig
 from goal_ray.step import prepare_step
-from goal_ray.storage import write_bytes
 from goal_ray.text import CaptionEncoder
 from goal_ray.train.config import TrainConfig
 from goal_ray.train.engine import build_engine, freeze_tower, set_learning_rate

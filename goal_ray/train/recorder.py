@@ -10,12 +10,12 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from goal_ray.atomic import write_bytes
 from goal_ray.events import event, say, wants_json
 from goal_ray.jsonl import append_records, read_records
 from goal_ray.progress import PlainLines
 from goal_ray.run_folder import METRICS_FILE, QUARANTINE_FILE
 from goal_ray.shard_urls import shard_name
-from goal_ray.storage import write_bytes
 from goal_ray.train.cost import Cost
 from goal_ray.train.loggers import Logger
 from goal_ray.train.metrics import Metrics

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from goal_ray.atomic import open_atomic, remove_abandoned, write_bytes
 from goal_ray.bad_samples import describe_bad
 from goal_ray.checkpoints import (
     CHUNK_BYTES,
@@ -46,7 +47,6 @@ from goal_ray.run_folder import (
 )
 from goal_ray.settings import OPEN_CLIP_CONFIG
 from goal_ray.shard_urls import expand_shards, shard_name
-from goal_ray.storage import open_atomic, remove_abandoned, write_bytes
 from goal_ray.train.attempts import Attempts, Ending
 from goal_ray.train.config import TrainConfig
 from goal_ray.train.cost import Cost

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import ray.autoscaler._private.fake_multi_node as fake_provider
 
-from goal_ray.storage import is_running
+from goal_ray.atomic import is_running
 
 HEAD_ID = "f" * 51 + "00000"
 STORE_BYTES = 100 * 2**20

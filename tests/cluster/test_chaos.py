@@ -16,9 +16,10 @@ import pytest
 from fake_cluster import FakeCluster
 from processes import workers_below
 
+from goal_ray.atomic import write_bytes
 from goal_ray.jsonl import read_records
 from goal_ray.scenes.run import SceneSettings, draw_scenes
-from goal_ray.storage import list_names, read_bytes, write_bytes
+from goal_ray.storage import list_names, read_bytes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -17,10 +17,11 @@ import pytest
 from chaos import DEADLY
 from odd_tars import good, picture, write_members
 
+from goal_ray.atomic import write_bytes
 from goal_ray.config import load_config
 from goal_ray.lism.config import LismConfig
 from goal_ray.lism.run import run_lism
-from goal_ray.storage import list_names, read_bytes, write_bytes
+from goal_ray.storage import list_names, read_bytes
 
 pytestmark = pytest.mark.ray
 

@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 from shard_inputs import CAPTION, PNG, make, put, samples_in, skipped, write_members
 
-from goal_ray import storage
+from goal_ray import atomic, patience
 from goal_ray.errors import GoalRayError
 from goal_ray.shards.sources.detect import SourceSettings, open_source, tell_kind
 
@@ -111,7 +111,7 @@ def test_opening_a_source_reads_no_picture(tmp_path):
 
 def test_refused_access_to_a_store_ends_the_run_and_renewed_credentials_go_on(s3, tmp_path, monkeypatch):
     put(tmp_path / "in", {"list.csv": f"image,caption\n{s3}/a.png,x\n{s3}/none.png,x\n"})
-    storage.write_bytes(f"{s3}/a.png", PNG)
+    atomic.write_bytes(f"{s3}/a.png", PNG)
 
     async def refuse(*_, **__):
         raise PermissionError("The provided token has expired.")
@@ -174,14 +174,14 @@ def test_a_host_that_is_gone_costs_its_row(web, tmp_path, monkeypatch):
         return ask(host, *more, **named)
 
     monkeypatch.setattr(socket, "getaddrinfo", asked)
-    monkeypatch.setattr(storage, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.2)
     make(listed(tmp_path / "in", f"{web}/200/a.png", "http://gone.example/a.png"), tmp_path / "out")
     assert len(samples_in(tmp_path / "out")) == 1
     assert [kind for _, kind in skipped(tmp_path / "out")] == ["unreadable"]
 
 
 def test_a_way_that_leads_in_a_circle_costs_its_row_at_once(web, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(storage, "PATIENCE_S", 3)
+    monkeypatch.setattr(patience, "PATIENCE_S", 3)
     make(listed(tmp_path / "in", f"{web}/302/a.png", f"{web}/200/a.png"), tmp_path / "out")
     assert len(samples_in(tmp_path / "out")) == 1
     assert [kind for _, kind in skipped(tmp_path / "out")] == ["unreadable"]
@@ -189,7 +189,7 @@ def test_a_way_that_leads_in_a_circle_costs_its_row_at_once(web, tmp_path, monke
 
 
 def test_a_certificate_that_is_refused_costs_its_row_at_once(web, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(storage, "PATIENCE_S", 3)
+    monkeypatch.setattr(patience, "PATIENCE_S", 3)
     folder, server = tmp_path / "in", ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
     subject = ["-subj", "/CN=localhost", "-days", "1", "-nodes", "-keyout", tmp_path / "key", "-out", tmp_path / "cert"]
     subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", *subject], check=True, capture_output=True)
@@ -212,7 +212,7 @@ def test_a_certificate_that_is_refused_costs_its_row_at_once(web, tmp_path, monk
 @pytest.mark.parametrize("place", ["{web}/503/a.png", "http://127.0.0.1:1/a.png"])
 @pytest.mark.parametrize("last", [False, True])
 def test_an_address_that_never_answers_costs_its_row_where_the_network_works(web, tmp_path, monkeypatch, place, last):
-    monkeypatch.setattr(storage, "PATIENCE_S", 2)
+    monkeypatch.setattr(patience, "PATIENCE_S", 2)
     urls = [place.format(web=web), f"{web}/200/a.png"]
     make(listed(tmp_path / "in", *(urls[::-1] if last else urls)), tmp_path / "out")
     assert len(samples_in(tmp_path / "out")) == 1
@@ -223,6 +223,6 @@ def test_an_address_that_never_answers_costs_its_row_where_the_network_works(web
     ("place", "error"), [("{web}/503/a.png", aiohttp.ClientResponseError), ("http://127.0.0.1:1/a.png", OSError)]
 )
 def test_a_server_that_stays_away_ends_the_run(web, tmp_path, monkeypatch, place, error):
-    monkeypatch.setattr(storage, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.2)
     with pytest.raises(error):
         make(listed(tmp_path / "in", place.format(web=web)), tmp_path / "out")

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from shard_inputs import good, members_of, put, write_members
 
+from goal_ray.atomic import write_bytes
 from goal_ray.errors import ConfigError, GoalRayError, ShardError
 from goal_ray.shards.reshard import Balance, reshard, spread
-from goal_ray.storage import write_bytes
 from goal_ray.tar_places import index_shard
 
 FORMS = st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

@@ -197,6 +197,19 @@ def test_an_elastic_run_starts_with_what_an_evaluation_leaves_and_never_restarts
     assert attempts._reason_to_end(workers, more) is None
 
 
+def test_an_evaluation_s_place_is_left_free_where_other_work_holds_some_of_the_cluster(attempts, monkeypatch):
+    monkeypatch.setattr("goal_ray.train.attempts.Demand", FakeCluster(CPU=5))
+    monkeypatch.setattr("goal_ray.train.attempts.SETTLED_S", 0.0)
+    monkeypatch.setattr("goal_ray.train.attempts.cluster_resources", lambda: {"CPU": 64})
+    attempts.config = elastic((1, 4))
+    assert attempts._wait_for_workers() == 4
+    attempts.config = elastic((1, 4), evaluation=EvaluationConfig("held-out"))
+    assert attempts._wait_for_workers() == 2  # three do not share a batch evenly
+    attempts.evaluations.running = 5, None  # it has its place, beside those five
+    monkeypatch.setattr(attempts.evaluations, "poll", lambda **_: None)
+    assert attempts._wait_for_workers() == 4
+
+
 def test_a_run_grows_into_what_the_workers_and_an_evaluation_leave(attempts, monkeypatch):
     import ray
 
@@ -206,6 +219,22 @@ def test_a_run_grows_into_what_the_workers_and_an_evaluation_leave(attempts, mon
     attempts.config = elastic((1, 4), evaluation=EvaluationConfig("held-out"))
     attempts.room_since = -GROW_AFTER_S
     assert attempts._reason_to_end(2, Demand()) == "resized"
+
+
+def test_a_run_that_restarts_for_more_workers_in_vain_waits_longer_before_it_does_again(attempts, monkeypatch):
+    waits, found = [], iter([1, 1, 1, 2])
+
+    def attempt(*_):
+        waits.append(attempts.grow_after_s / GROW_AFTER_S)
+        if len(waits) == 4:
+            raise StageError("seen enough")
+        return "resized"
+
+    monkeypatch.setattr(attempts, "_attempt", attempt)
+    monkeypatch.setattr(attempts, "_wait_for_workers", lambda: next(found))
+    with pytest.raises(StageError, match="seen enough"):
+        attempts.run(None)
+    assert waits == [1, 2, 4, 1]
 
 
 def test_a_worker_that_dies_after_the_last_checkpoint_leaves_a_finished_run(attempts, monkeypatch):

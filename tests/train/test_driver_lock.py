@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
+from goal_ray.atomic import process_place
 from goal_ray.errors import StageError
-from goal_ray.storage import process_place
 from goal_ray.train import driver_lock as module
 from goal_ray.train.driver_lock import DriverLock, driver_lock
 

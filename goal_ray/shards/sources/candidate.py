@@ -15,7 +15,8 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from goal_ray.errors import StageError
-from goal_ray.storage import is_refused, may_pass, patiently, protocols
+from goal_ray.patience import is_refused, may_pass, patiently
+from goal_ray.storage import protocols
 
 Kind = Literal[
     "bad caption",

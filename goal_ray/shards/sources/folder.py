@@ -11,8 +11,9 @@ from functools import partial
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from goal_ray.patience import patiently
 from goal_ray.shards.sources.candidate import Candidate, Found, Unusable, read_file, stem_and_suffix, tar_key
-from goal_ray.storage import file_system, patiently
+from goal_ray.storage import file_system
 
 PICTURE_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "heic", "heif", "avif")
 
