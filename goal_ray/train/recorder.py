@@ -31,10 +31,12 @@ class ProgressLine:
         train goal 12% 30/240, 03:25 left, loss 2.32: global .87 local .95 TSL image .28 TSL text .22, 61.0 img/s
 
     What matters most stands first, and a narrow terminal leaves out the parts at the end that do not fit.
+
+    run  its folder
     """
 
-    def __init__(self, name: str, clock: Callable[[], float] = time.monotonic):
-        self.name, self.clock = name, clock
+    def __init__(self, run: str, clock: Callable[[], float] = time.monotonic):
+        self.run, self.name, self.clock = run, Path(run).name, clock
         self.step = self.total_steps = 0
         self.latest: list[str] = []
         self.since: tuple[float, int] | None = None
@@ -42,7 +44,7 @@ class ProgressLine:
         self.lines = PlainLines(clock)
         # A bar between JSON lines would break them.
         self.bar = tqdm(
-            desc=f"train {name}", bar_format="{desc}", dynamic_ncols=True, disable=True if wants_json() else None
+            desc=f"train {self.name}", bar_format="{desc}", dynamic_ncols=True, disable=True if wants_json() else None
         )
 
     def __enter__(self) -> "ProgressLine":
@@ -79,7 +81,7 @@ class ProgressLine:
 
     def say(self, text: str) -> None:
         """Says something above this line."""
-        say("train", self.name, text)
+        say("train", self.run, text)
 
     def tick(self) -> None:
         """Moves the clock."""

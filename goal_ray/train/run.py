@@ -150,7 +150,7 @@ def train(config: TrainConfig, resume: bool | None = False) -> TrainResult:
     check_room(run_dir)
     workers = max(config.min_workers, min(config.max_workers, usable_cores()))
     busy_cpus = workers + (config.evaluation.cpus if held_out else 0)
-    with ProgressLine(config.name) as line, driver_lock(run_dir, line.say) as lock:
+    with ProgressLine(str(run_dir)) as line, driver_lock(run_dir, line.say) as lock:
         resume_from = newest_intact(run_dir, line.say) if resume else None
         remove_partial(run_dir)
         line.show("starting Ray")
