@@ -103,6 +103,10 @@ def take(path: Path, say: Callable[[str], None]) -> str:
         except FileExistsError:
             refuse_living(path, say)
             path.unlink(missing_ok=True)
+        except OSError:
+            with suppress(OSError):
+                path.unlink()  # empty for want of room, it would be taken for another machine's
+            raise
         else:
             return text
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -116,6 +117,21 @@ def test_a_folder_made_for_a_run_that_leaves_nothing_goes_again(run_dir, tmp_pat
     with driver_lock(run_dir, said.append):
         (run_dir / "config.yaml").touch()
     assert [path.name for path in run_dir.iterdir()] == ["config.yaml"]
+
+
+def test_a_full_disk_is_told_by_the_setting_and_leaves_no_lock(run_dir, tmp_path, monkeypatch, said):
+    real = Path.open
+
+    def full(path, mode="r", **more):
+        if mode != "x":
+            return real(path, mode, **more)
+        path.touch()
+        return real(Path("/dev/full"), "w")
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(StageError, match=r"storage_path: .*No space left"), driver_lock(run_dir, said.append):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_driver_whose_run_was_taken_over_leaves_it_to_the_other(run_dir, said):
