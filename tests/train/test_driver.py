@@ -53,7 +53,7 @@ def evaluate_here(self, wait_s=0.0):  # noqa: ARG001
 def no_ray(monkeypatch):
     monkeypatch.setattr("goal_ray.train.run.ray_session", lambda _: nullcontext())
     monkeypatch.setattr("goal_ray.train.run.scan_shards", scan_here)
-    monkeypatch.setattr("goal_ray.train.run.cluster_resources", lambda: {"CPU": 8.0})
+    monkeypatch.setattr("goal_ray.train.checks.cluster_resources", lambda: {"CPU": 8.0})
     monkeypatch.setattr("goal_ray.train.run.Attempts", NoWorkers)
     monkeypatch.setattr(Evaluations, "poll", evaluate_here)
 

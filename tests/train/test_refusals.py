@@ -16,10 +16,11 @@ from goal_ray.config import load_config, to_yaml
 from goal_ray.errors import ConfigError, GoalRayError, ModelError, ShardError, StageError
 from goal_ray.run_folder import HISTORY_FILE
 from goal_ray.settings import LossConfig, ModelConfig, StepConfig
+from goal_ray.train.checks import check_backend, check_evaluation, check_run
 from goal_ray.train.config import DataConfig, EvaluationConfig, OptimizerConfig, TrainConfig
 from goal_ray.train.driver_lock import driver_lock
 from goal_ray.train.loop import Job, read_batches, train_worker
-from goal_ray.train.run import check_backend, check_evaluation, check_run, interruption, train
+from goal_ray.train.run import interruption, train
 
 
 @pytest.fixture
@@ -252,7 +253,7 @@ def test_an_evaluation_that_no_node_has_room_for_is_refused_before_the_training(
 
 @pytest.mark.parametrize("workers", [2, (1, 2)])
 def test_an_evaluation_may_not_count_on_the_gpus_that_the_workers_take(config, monkeypatch, workers):
-    monkeypatch.setattr("goal_ray.train.run.cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
+    monkeypatch.setattr("goal_ray.train.checks.cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
     wanted = replace(config, evaluation=EvaluationConfig(config.data.shards, gpus=1), batch_per_worker=2)
     check_evaluation(replace(wanted, workers=1), True, print)
     check_evaluation(replace(wanted, workers=workers), False, print)
@@ -264,8 +265,8 @@ def test_an_evaluation_may_not_count_on_the_gpus_that_the_workers_take(config, m
     ("nodes", "told"), [([], True), ([{"CPU": 8}, {"CPU": 64, "GPU": 1}], True), ([{"CPU": 16}], False)]
 )
 def test_on_a_cluster_that_may_grow_an_evaluation_that_no_node_holds_is_told(config, monkeypatch, nodes, told):
-    monkeypatch.setattr("goal_ray.train.run.is_joined", lambda: True)
-    monkeypatch.setattr("goal_ray.train.run.node_resources", lambda: nodes)
+    monkeypatch.setattr("goal_ray.train.checks.is_joined", lambda: True)
+    monkeypatch.setattr("goal_ray.train.checks.node_resources", lambda: nodes)
     said = []
     wanted = EvaluationConfig(config.data.shards, cpus=16, gpus=2 if len(nodes) == 2 else 0)
     check_evaluation(replace(config, evaluation=wanted), True, said.append)
