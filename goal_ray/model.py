@@ -88,6 +88,8 @@ def text_tower(clip: nn.Module) -> TextTower:
             raise ModelError("text towers with a CLS token or a padding mask (CoCa) are not supported")
     else:
         raise ModelError(f"{type(clip).__name__} has no native open_clip text transformer; choose a model that has one")
+    if pool_type == "none":
+        raise ModelError("a text tower that pools nothing has no feature to compare with pictures (pool_type)")
     projection = module.text_projection
     if isinstance(projection, nn.Linear):
         raise ModelError("text projections with a bias are not supported")

@@ -194,6 +194,7 @@ def test_random_weights_follow_the_seed(tiny_clip):
         ({"patch_dropout": 0.5}, {}, {}, "patch dropout"),
         ({}, {"embed_cls": True}, {"custom_text": True}, "CLS token"),
         ({}, {"proj_bias": True}, {"custom_text": True}, "bias"),
+        ({}, {"pool_type": "none"}, {"custom_text": True}, "pools nothing"),
         ({"layers": [1, 1, 1, 1], "width": 16}, {}, {}, "native ViT"),
     ],
 )
