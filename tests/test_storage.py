@@ -1,4 +1,4 @@
-"""Files that are there when complete, and what is left of the others."""
+"""What is there on any storage, and reading it."""
 
 import errno
 import os
